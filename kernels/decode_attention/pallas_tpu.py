@@ -1,0 +1,201 @@
+"""decode_attention for TPU (Mosaic): one pass over the pages that are read, with a running softmax.
+
+Grid (B, K, steps). A step holds the R = T * G query rows of one kv head (resident over all its steps), `n` pages of K
+and of V, each page an operand with its own index map, and the orders of their slots along the lanes. Accumulators
+(R, 1), (R, 1) and (R, H) in float32 stay in VMEM over the steps of a head.
+
+Which pages a step fetches is a scalar-prefetched table, so a page that is not selected is never read. Without page_BKM
+the pages are blocks of slots, one a step, and the table drops the blocks that hold no slot between the lowest lo and
+the highest hi: the empty tail of a cache is not read either. A dropped entry repeats the page its operand holds
+already, which the pipeline does not fetch again.
+
+HBM bytes: 2 * (slots read) * H * itemsize for each (B, K), plus 4 a slot for orders. H below 128 moves and stores 128
+lanes: at H = 64 the array itself is twice its nominal size.
+"""
+
+import functools
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from tokeff.compat import pl, pltpu, tpu_params
+from tokeff.kernels.decode_attention.xla import take_orders
+from tokeff.kernels.rows import NOTHING, head_rows, round_up, token_rows, tokens
+
+LANES = 128
+MAX_ROWS = 1024
+MAX_TABLE = 2**16  # page table entries; SMEM holds 1 MiB in all
+LOW = -1e30  # running maximum before anything was seen: finite, so that it can be subtracted
+
+
+def refusal(q_BTNH, k_BKCH, v_BKCH, order_BKC, lo_BT, hi_BT, page_BKM=None, *, page_size, scale, softcap):
+    """Return in one line why this kernel cannot take the call, or None."""
+    _, T, N, _ = q_BTNH.shape
+    K = k_BKCH.shape[1]
+    if {q_BTNH.dtype, k_BKCH.dtype, v_BKCH.dtype} not in ({jnp.dtype("float32")}, {jnp.dtype("bfloat16")}):
+        return f"q, k and v must all be float32 or all bfloat16, not {q_BTNH.dtype}, {k_BKCH.dtype}, {v_BKCH.dtype}"
+    if T * N // K > MAX_ROWS:
+        return f"T * G = {T * N // K} query rows a kv head exceed {MAX_ROWS}"
+    if page_BKM is None:
+        return None
+    if page_size % _sublanes(k_BKCH.dtype):
+        return f"page_size {page_size} is not a multiple of {_sublanes(k_BKCH.dtype)}, the rows of a {k_BKCH.dtype} tile"
+    if page_BKM.size > MAX_TABLE:
+        return f"a table of {page_BKM.size} pages exceeds {MAX_TABLE} entries of scalar memory"
+    return None
+
+
+def run(
+    q_BTNH, k_BKCH, v_BKCH, order_BKC, lo_BT, hi_BT, page_BKM=None, *, page_size, scale, softcap, interpret=False
+):
+    """Same contract as the public op, for calls that `refusal` accepts. interpret: as of `pl.pallas_call`."""
+    (B, T, N, H), K = q_BTNH.shape, k_BKCH.shape[1]
+    R = round_up(T * N // K, _sublanes(q_BTNH.dtype))
+    bounds_BR2 = jnp.stack([token_rows(lo_BT, N // K, R, 0), token_rows(hi_BT, N // K, R, NOTHING)], -1)
+    if page_BKM is None:
+        page_size, n = _block_slots(order_BKC.shape[2], R), 1
+        page_BKM, order_BKX = _live_blocks(order_BKC, lo_BT, hi_BT, page_size)
+    else:
+        n = LANES // math.gcd(page_size, LANES)  # pages a step, so that their orders fill whole lane tiles
+        page_BKM, order_BKX = _pad_pages(page_BKM, order_BKC, page_size, n)
+    steps = page_BKM.shape[2] // n
+
+    def page_spec(i):
+        def index(b, k, j, table_ref):
+            entry = table_ref[_entry(b, k, j, K, steps) * n + i]
+            return b, k, jnp.where(entry < 0, ~entry, entry), 0
+
+        return pl.BlockSpec((1, 1, page_size, H), index)
+
+    def head_spec(width):
+        return pl.BlockSpec((1, 1, R, width), lambda b, k, j, _: (b, k, 0, 0))
+
+    pages = [page_spec(i) for i in range(n)]
+    out_BKRH, lse_BKR1 = pl.pallas_call(
+        partial(_kernel, n=n, scale=scale, softcap=softcap),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(B, K, steps),
+            in_specs=[
+                pl.BlockSpec((1, R, 2), lambda b, k, j, _: (b, 0, 0)),
+                head_spec(H),
+                pl.BlockSpec((1, 1, 1, n * page_size), lambda b, k, j, _: (b, k, 0, j)),
+                *pages,
+                *pages,
+            ],
+            out_specs=[head_spec(H), head_spec(1)],
+            scratch_shapes=[pltpu.VMEM((R, width), jnp.float32) for width in (1, 1, H)],
+        ),
+        out_shape=[jax.ShapeDtypeStruct((B, K, R, H), q_BTNH.dtype), jax.ShapeDtypeStruct((B, K, R, 1), jnp.float32)],
+        compiler_params=tpu_params("parallel", "parallel", "arbitrary"),
+        interpret=interpret,
+        name="decode_attention",
+    )(_table(page_BKM, n), bounds_BR2, head_rows(q_BTNH, K, R), order_BKX[:, :, None], *[k_BKCH] * n, *[v_BKCH] * n)
+    return tokens(out_BKRH, T, N), tokens(lse_BKR1, T, N)[..., 0]
+
+
+def _kernel(table_ref, bounds_ref, q_ref, order_ref, *refs, n, scale, softcap):
+    """One step of one head. refs: n pages of K, n of V, then out, lse, and the running maximum, sum and output."""
+    k_refs, v_refs, (out_ref, lse_ref, top_ref, sum_ref, acc_ref) = refs[:n], refs[n : 2 * n], refs[2 * n :]
+    b, k, j = (pl.program_id(axis) for axis in range(3))
+    first = _entry(b, k, j, pl.num_programs(1), pl.num_programs(2)) * n
+
+    @pl.when(j == 0)
+    def _start():
+        top_ref[...] = jnp.full_like(top_ref, LOW)
+        sum_ref[...] = jnp.zeros_like(sum_ref)
+        acc_ref[...] = jnp.zeros_like(acc_ref)
+
+    @pl.when(functools.reduce(jnp.logical_or, [table_ref[first + i] >= 0 for i in range(n)]))
+    def _add_pages():
+        k_XH, v_XH = (jnp.concatenate([ref[0, 0] for ref in page], 0) for page in (k_refs, v_refs))
+        see_RX = visible(order_ref[0, 0], bounds_ref[0])
+        score_RX = masked_scores(q_ref[0, 0], k_XH, see_RX, scale, softcap)
+        top_R1 = jnp.maximum(top_ref[...], score_RX.max(1, keepdims=True))
+        p_RX = jnp.where(see_RX, jnp.exp(score_RX - top_R1), 0)
+        decay_R1 = jnp.exp(top_ref[...] - top_R1)
+        top_ref[...] = top_R1
+        sum_ref[...] = sum_ref[...] * decay_R1 + p_RX.sum(1, keepdims=True)
+        acc_ref[...] = acc_ref[...] * decay_R1 + mxu(p_RX.astype(v_XH.dtype), _unseen_to_zero(v_XH, see_RX), 1, 0)
+
+    @pl.when(j == pl.num_programs(2) - 1)
+    def _finish():
+        some_R1 = sum_ref[...] > 0
+        sum_R1 = jnp.where(some_R1, sum_ref[...], 1)
+        out_ref[0, 0] = (acc_ref[...] / sum_R1).astype(out_ref.dtype)
+        lse_ref[0, 0] = jnp.where(some_R1, top_ref[...] + jnp.log(sum_R1), -jnp.inf)
+
+
+def visible(order_1X, bounds_R2):
+    """Return which slots each row sees: orders along the lanes against bounds along the sublanes."""
+    return (order_1X >= bounds_R2[:, :1]) & (order_1X <= bounds_R2[:, 1:])
+
+
+def masked_scores(q_RH, k_XH, see_RX, scale, softcap):
+    """Return float32 scores, LOW where a row does not see the slot (whatever NaN the slot held)."""
+    score_RX = mxu(q_RH, k_XH, 1, 1) * scale
+    if softcap:
+        score_RX = softcap * jnp.tanh(score_RX / softcap)
+    return jnp.where(see_RX, score_RX, LOW)
+
+
+def mxu(a, b, a_axis, b_axis):
+    """Contract one axis of each matrix into float32. float32 operands keep their precision (not one bfloat16 pass)."""
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    dims = (((a_axis,), (b_axis,)), ((), ()))
+    return jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _unseen_to_zero(v_XH, see_RX):
+    """Empty the slots that no row sees, since 0 * NaN is NaN.
+
+    The mask has slots along the lanes, V along the sublanes. Counting seers with a product against ones lands the
+    count in the layout of V, where a transpose of a single row is awkward.
+    """
+    see_RX = see_RX.astype(v_XH.dtype)
+    ones_RH = jnp.ones((see_RX.shape[0], v_XH.shape[1]), v_XH.dtype)
+    return jnp.where(mxu(see_RX, ones_RH, 0, 0) > 0, v_XH, 0)
+
+
+def _live_blocks(order_BKC, lo_BT, hi_BT, slots):
+    """Cut the cache into blocks of `slots`: (block numbers, -1 for one that nobody can see, padded orders)."""
+    order_BKX = _pad_last(order_BKC, round_up(order_BKC.shape[2], slots))
+    lo_B11, hi_B11 = lo_BT.min(1)[:, None, None], hi_BT.max(1)[:, None, None]
+    live_BKM = ((order_BKX >= lo_B11) & (order_BKX <= hi_B11)).reshape(*order_BKX.shape[:2], -1, slots).any(-1)
+    return jnp.where(live_BKM, jnp.arange(live_BKM.shape[2], dtype=jnp.int32), -1), order_BKX
+
+
+def _pad_pages(page_BKM, order_BKC, page_size, n):
+    """Pad the pages to a multiple of n with -1, and gather their orders (4 bytes a slot, next to 2 * H * itemsize)."""
+    page_BKM = _pad_last(page_BKM, round_up(page_BKM.shape[2], n))
+    return page_BKM, take_orders(order_BKC, page_BKM, page_size)
+
+
+def _table(page_BKM, n):
+    """Return the page table, flat. A missing page is ~p, with p the page fetched one step before at its place."""
+    B, K, M = page_BKM.shape
+    page_BKJn = page_BKM.reshape(B, K, M // n, n)
+    step_J1 = jnp.arange(M // n)[:, None]
+    last_BKJn = jax.lax.cummax(jnp.where(page_BKJn >= 0, step_J1, 0), axis=2)
+    held_BKJn = jnp.maximum(jnp.take_along_axis(page_BKJn, last_BKJn, 2), 0)
+    return jnp.where(page_BKJn >= 0, page_BKJn, ~held_BKJn).reshape(-1)
+
+
+def _entry(b, k, j, K, steps):
+    return (b * K + k) * steps + j
+
+
+def _block_slots(C, R):
+    """Return how many slots a block holds: big enough to hide a step's cost, small enough for (R, slots) scores."""
+    slots = max(LANES, min(1024, 2**18 // R // LANES * LANES))
+    return min(slots, round_up(C, 8))
+
+
+def _sublanes(dtype):
+    return 32 // jnp.dtype(dtype).itemsize
+
+
+def _pad_last(x, n):
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, n - x.shape[-1])], constant_values=-1)

@@ -1,0 +1,157 @@
+"""Which implementation of an op runs: by name, or the first that supports the call on the platform it compiles for.
+
+Every op goes through `call`, which puts around the implementation, from the outside in: a gradient (through the op's
+XLA path), a `shard_map` on a multi-device mesh, and the choice of implementation.
+"""
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache, partial
+
+import jax
+from jax.sharding import PartitionSpec
+
+from tokeff.compat import context_mesh, shard_map
+
+IMPLEMENTATIONS = ("reference", "xla", "pallas_tpu", "pallas_gpu", "interpret")
+# The first that supports the call wins. The platform is the one compiled for, known only when XLA lowers:
+# `jax.default_backend()` names the machine that compiles, and picks the wrong kernel when the two differ.
+PREFERENCE = {"tpu": ("pallas_tpu", "xla"), "cuda": ("pallas_gpu", "xla"), "default": ("xla",)}
+AXIS = {"B": "data", "N": "model", "K": "model", "C": "seq"}  # the mesh axis a dimension is split over, if it divides
+
+log = logging.getLogger("tokeff.kernels")
+
+
+@dataclass(frozen=True)
+class Op:
+    """One op and what `call` must know of it. `dims` and `out_dims` are dimension letters, one string an array."""
+
+    name: str
+    run: Mapping[str, Callable]  # implementation -> f(*arrays, **options)
+    refusal: Mapping[str, Callable]  # implementation -> f(*arrays, **options): one line why not, or None
+    dims: tuple[str, ...]
+    out_dims: tuple[str, ...] | str
+    floats: int  # so many arrays, the first ones, are differentiable; the others are integers
+    localise: Callable  # (arrays, index of this shard of C, options) -> arrays as the shard counts its slots
+    combine: Callable  # (outs, mesh axis) -> outs: joins what the shards of C made of their own slots
+
+    def __hash__(self):
+        return hash(self.name)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """The static half of a call."""
+
+    op: Op
+    implementation: str | None
+    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh | None
+    options: tuple[tuple[str, object], ...]
+
+
+def implementations(reference, xla, pallas_tpu, pallas_gpu):
+    """Return {implementation: function} of an op from its modules. 'interpret' is the TPU kernel, run by XLA."""
+    named = {"reference": reference, "xla": xla, "pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu}
+    return {name: module.run for name, module in named.items()} | {"interpret": partial(pallas_tpu.run, interpret=True)}
+
+
+def refusals(pallas_tpu, pallas_gpu):
+    """Return {implementation: function that says why not} of an op from its kernels."""
+    return {"pallas_tpu": pallas_tpu.refusal, "pallas_gpu": pallas_gpu.refusal, "interpret": pallas_tpu.refusal}
+
+
+def call(op, implementation, mesh, arrays, **options):
+    """Run op on its arrays. mesh None means the one set by `jax.set_mesh`, if any.
+
+    Raises ValueError for an unknown implementation, or a named one that does not support the call.
+    """
+    if implementation not in (None, *IMPLEMENTATIONS):
+        raise ValueError(f"implementation {implementation!r} is unknown: choose None or one of {IMPLEMENTATIONS}")
+    spec = Spec(op, implementation, context_mesh() if mesh is None else mesh, tuple(options.items()))
+    return _differentiable(spec, arrays[: op.floats], arrays[op.floats :])
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _differentiable(spec, floats, ints):
+    return _over_mesh(spec, (*floats, *ints))
+
+
+def _forward(spec, floats, ints):
+    return _over_mesh(spec, (*floats, *ints)), (floats, ints)
+
+
+def _backward(spec, saved, cotangents):
+    floats, ints = saved
+    path = partial(spec.op.run["xla"], clean=True, **dict(spec.options))
+    return jax.vjp(lambda *floats: path(*floats, *ints), *floats)[1](cotangents), None
+
+
+_differentiable.defvjp(_forward, _backward)
+
+
+def _over_mesh(spec, arrays):
+    """Run the op once per device on its own sequences, heads and slots: Mosaic calls do not partition themselves."""
+    op, mesh = spec.op, spec.mesh
+    if mesh is None or mesh.size == 1:
+        return _choose(spec, arrays)
+    axis = _split_axes(mesh, op.dims, arrays)
+
+    def local(*arrays):
+        if "C" not in axis:
+            return _choose(spec, arrays)
+        arrays = op.localise(arrays, jax.lax.axis_index(axis["C"]), dict(spec.options))
+        return op.combine(_choose(spec, arrays), axis["C"])
+
+    def layout(dims):
+        return PartitionSpec(*(axis.get(letter) for letter in dims))
+
+    return shard_map(local, mesh, tuple(map(layout, op.dims)), jax.tree.map(layout, op.out_dims))(*arrays)
+
+
+def _split_axes(mesh, dims, arrays):
+    """Return {letter: mesh axis} for the dimensions that the mesh splits evenly; the others stay whole everywhere."""
+    size = {letter: n for d, x in zip(dims, arrays) if x is not None for letter, n in zip(d, x.shape)}
+    ways = {letter: mesh.shape.get(axis, 1) for letter, axis in AXIS.items() if letter in size}
+    whole = {letter for letter, n in ways.items() if n == 1 or size[letter] % n}
+    whole |= {"N", "K"} if "K" in whole else set()  # a query head stays with its kv head
+    return {letter: AXIS[letter] for letter in ways if letter not in whole}
+
+
+def _choose(spec, arrays):
+    """Run the named implementation, or per platform the first that supports the call."""
+    op, name = spec.op, spec.implementation
+    if name is not None:
+        if reason := refusal(op, name, arrays, spec.options):
+            raise ValueError(f"{op.name}: {name} does not support this call: {reason}")
+        return _compiled(op, name, spec.options)(*arrays)
+    chosen = {platform: _first(op, names, arrays, spec.options) for platform, names in PREFERENCE.items()}
+    if set(chosen.values()) == {"xla"}:
+        return _compiled(op, "xla", spec.options)(*arrays)
+    return jax.lax.platform_dependent(*arrays, **{p: _compiled(op, n, spec.options) for p, n in chosen.items()})
+
+
+def refusal(op, implementation, arrays, options):
+    """Return in one line why the implementation cannot take this call, or None if it can."""
+    why = op.refusal.get(implementation)
+    return why(*arrays, **dict(options)) if why else None
+
+
+def _first(op, names, arrays, options):
+    for name in names:
+        reason = refusal(op, name, arrays, options)
+        if reason is None:
+            return name
+        _log_once(op.name, name, reason)
+    raise AssertionError(f"{op.name}: the last of {names} must support every call")
+
+
+@cache
+def _log_once(op_name, implementation, reason):
+    log.info("%s: %s does not support this call, taking the next: %s", op_name, implementation, reason)
+
+
+@cache
+def _compiled(op, implementation, options):
+    """Return one jitted function an implementation, so that equal calls (the layers of a model) trace it once."""
+    return jax.jit(partial(op.run[implementation], **dict(options)))

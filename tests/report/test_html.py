@@ -1,0 +1,117 @@
+"""Pictures and the report page."""
+
+import io
+import re
+
+import pytest
+from fakes import fake, figures, kept
+from matplotlib import image
+
+from tokeff.report import html, labels, plots, table
+from tokeff.report.figures import Bars, Lines, Scatter
+from tokeff.report.folder import RunFolder
+from tokeff.report.kept import Kept
+
+pytestmark = pytest.mark.core
+
+HOSTILE = "<script>alert(1)</script>\"'>$\\frac{"
+
+
+def rows_of(contexts=(64, 128)):
+    """Return made-up rows with their keys."""
+    import numpy as np
+
+    experiment = fake(contexts=contexts)
+    keys = [key.split("/") for key in experiment.keys()]
+    return [{"key": k, **figures(m, int(k), 0.125, np.random.default_rng(0)), "kept": None} for m, k in keys]
+
+
+@pytest.mark.parametrize("figure", [Scatter("held", "kl"), Scatter("read", "loss", log_y=True), Bars("decode_tok_s"),
+                                    Lines("context", "decode_tok_s")])  # fmt: skip
+def test_figures_have_something_on_them(figure):
+    """Every kind of figure draws more than an empty page."""
+    drawn = plots.draw(rows_of(), figure)
+    pixels = image.imread(io.BytesIO(drawn.png), format="png")
+    assert pixels.shape[0] > 300 and pixels[..., :3].std() > 0.02
+    assert b"<svg" in drawn.svg
+
+
+def test_figures_without_data_are_left_out():
+    """A missing column, a value that is not finite, and a single context leave nothing to draw."""
+    assert plots.draw(rows_of(), Scatter("held", "nothing")) is None
+    assert plots.draw([{"method": "a", "kl": "nan", "held": 1.0}], Scatter("held", "kl")) is None
+    assert plots.draw(rows_of((64,)), Lines("context", "decode_tok_s")) is None
+    assert plots.draw_all([], [Bars("kl")], []) == []
+
+
+def test_spread_keeps_a_gap():
+    """Labels stay in order, apart and below the top."""
+    placed = labels.spread([0.5, 0.5, 0.51, 0.99, 1.0], 0.1)
+    assert all(b - a >= 0.1 - 1e-9 for a, b in zip(placed, placed[1:])) and max(placed) <= 1.0
+    assert labels.spread([0.1, 0.9], 0.1) == [0.1, 0.9]
+
+
+def test_labels_do_not_overlap():
+    """Names of a crowded scatter stay apart, and off the points."""
+    with plots.matplotlib.rc_context(plots.STYLE):
+        panel = plots.Drawing(figsize=(7.6, 4.9), dpi=144).subplots()
+        plots._panel(panel, rows_of((64,)), Scatter("held", "kl"))
+        boxes = [text.get_window_extent() for text in panel.texts]
+    for i, a in enumerate(boxes):
+        assert all(labels._overlap(a, b) < 1 for b in boxes[:i]), panel.texts[i]
+
+
+def render(tmp_path, rows, what=(), config="Config(x='</pre><script>')\n", about="About\n<script>"):
+    """Return the page of some rows."""
+    folder = RunFolder(tmp_path)
+    environment = {"command": "tokeff run <script>", "commit": "<script>", "jax": HOSTILE}
+    folder.start(config, {"about": about, "experiment": {"name": HOSTILE}}, environment)
+    images = plots.draw_all(rows, [Bars("decode_tok_s", HOSTILE)], what)
+    return html.render(folder, rows, table.build(rows), images, what)
+
+
+def test_hostile_text_is_escaped_everywhere(tmp_path):
+    """Method, family, note, tokens, config, environment and docstring are text, whatever they hold."""
+    row = {"method": HOSTILE, "family": HOSTILE, "note": HOSTILE, "budgeted_by": HOSTILE, "budget": 1, "decode_tok_s": 3,
+           "kl": 1.0, "lossless": False, "beats_random": False, "commit": HOSTILE}  # fmt: skip
+    what = Kept(kept(32, 0.5, __import__("numpy").random.default_rng(0)).orders, (HOSTILE,) * 32, ((1, 2),))
+    page = render(tmp_path, [row, {**row, "method": "full"}], [(HOSTILE, what)])
+    assert "<script" not in page.lower() and "alert(1)" in page
+    assert page.count("</pre>") == page.count("<pre>")
+    svg = plots.draw([row], Bars("decode_tok_s")).svg
+    assert b"<script" not in svg
+
+
+def test_the_page_is_self_contained(finished):
+    """Nothing is loaded from elsewhere and nothing runs; all sections are there."""
+    page = (finished.path / "report.html").read_text()
+    assert not re.search(r"(?:src|href)=\"(?!data:image/png;base64,|#)", page)
+    assert "url(" not in page and "@import" not in page and not re.search(r"\son\w+=", page)
+    assert "default-src 'none'" in page
+    for section in ("table", "plots", "kept", "config", "environment", "again"):
+        assert f'id="{section}"' in page and f'href="#{section}"' in page
+    assert "tokeff run x" in page and "Fake(name=" in page and "tokens not shown" not in page
+
+
+def test_a_page_without_pictures(tmp_path):
+    """A run with one bare row still has a report."""
+    page = render(tmp_path, [{"method": "a"}])
+    assert "<td>a<small>" in page and 'id="plots"' not in page and 'id="kept"' not in page
+
+
+def test_facts_say_only_what_rows_can_say():
+    """No baseline, no comparison; the longest context counts."""
+    assert html.facts([{"method": "a", "family": "kv"}]) == []
+    said = {fact.what: fact for fact in html.facts(rows_of())}
+    assert any("128 tokens" in what for what in said)
+    assert said["closest to the full cache of the lossy methods within budget"].figure == "adakv"
+    assert said["fewest bytes held with every needle answered"].figure == "snapkv"
+    assert said["decoding speed of prompt_lookup, the fastest lossless method"].figure == "1.44x"
+    assert said["methods marked ≈ random"].figure == "1 of 8"
+
+
+def test_warnings_about_commits():
+    """Rows of two commits, or of changed code, are said to be so."""
+    assert html.warnings([{"commit": "a", "dirty": False}]) == []
+    assert len(html.warnings([{"commit": "a", "dirty": True}, {"commit": "b"}])) == 2
+    assert len(html.warnings([{}])) == 1

@@ -1,0 +1,44 @@
+"""The one place for jax names that move between releases (written for 0.10.2 and 0.11), and for its private ones.
+
+Everything else in tokeff imports `pl`, `pltpu`, `triton`, `shard_map` and the helpers below from here.
+"""
+
+import importlib
+
+import jax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jax.experimental.pallas import triton
+
+__all__ = ["context_mesh", "interpret_tpu", "pl", "pltpu", "races_found", "shard_map", "tpu_params", "triton", "triton_params"]
+
+
+def shard_map(f, mesh, in_specs, out_specs):
+    """Return f run once per device on its shards. Replication of outputs is taken on trust, as Pallas needs."""
+    return jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def context_mesh():
+    """Return the mesh set by `jax.set_mesh`, or None where none is set or the caller is already inside shard_map."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or mesh.manual_axes else mesh
+
+
+def tpu_params(*dimension_semantics):
+    """Return Mosaic compiler parameters: one of 'parallel' or 'arbitrary' (carries scratch) for each grid axis."""
+    return pltpu.CompilerParams(dimension_semantics=dimension_semantics)
+
+
+def triton_params(num_warps, num_stages):
+    """Return Triton compiler parameters. Without them a Pallas call on CUDA goes to Mosaic-GPU, another language."""
+    return triton.CompilerParams(num_warps=num_warps, num_stages=num_stages)
+
+
+def interpret_tpu():
+    """Return `interpret=` for a TPU kernel on CPU that detects races, unfinished DMAs and reads out of bounds."""
+    return pltpu.InterpretParams(detect_races=True, out_of_bounds_reads="raise", uninitialized_memory="nan")
+
+
+def races_found():
+    """Return whether the last kernel run under `interpret_tpu` raced (jax prints races, and keeps this flag private)."""
+    return bool(importlib.import_module("jax._src.pallas.mosaic.interpret.interpret_pallas_call").races.races_found)

@@ -1,0 +1,178 @@
+"""Seam 5: what a call proposes. A drafter is a frozen dataclass; its state is a pytree that travels in the decode loop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from tokeff.errors import UserError
+
+
+@struct.dataclass
+class Draft:
+    """A tree of W nodes. Node 0 is the last token (certain to be right); parents come before their children.
+
+    parent_BW[b, 0] = 0. Nodes with valid False do not exist.
+    """
+
+    tokens_BW: jax.Array
+    parent_BW: jax.Array
+    valid_BW: jax.Array
+
+
+@dataclass(frozen=True)
+class Drafter:
+    """Base class. `nodes` (root included) and `depth` (longest path below the root) fix the shapes of a call."""
+
+    lossless: ClassVar[bool] = True
+
+    @property
+    def nodes(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def depth(self) -> int:
+        raise NotImplementedError
+
+    def init(self, B: int, V: int) -> Any:
+        """State before the first call."""
+        return ()
+
+    def propose(self, state: Any, tokens_BS: jax.Array, count_B: jax.Array) -> Draft:
+        """A draft that continues tokens[:count]; the root repeats the last of them."""
+        raise NotImplementedError
+
+    def observe(self, state: Any, draft: Draft, logits_BWV: jax.Array) -> Any:
+        """Learn from the target's logits at every node, accepted or not."""
+        return state
+
+
+def last_token(tokens_BS: jax.Array, count_B: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(tokens_BS, count_B[:, None] - 1, axis=1)
+
+
+@dataclass(frozen=True)
+class Plain(Drafter):
+    """No draft: one token a call."""
+
+    nodes: ClassVar[int] = 1  # type: ignore[misc]
+    depth: ClassVar[int] = 0  # type: ignore[misc]
+
+    def propose(self, state, tokens_BS, count_B) -> Draft:
+        root = last_token(tokens_BS, count_B)
+        return Draft(root, jnp.zeros_like(root), jnp.ones_like(root, bool))
+
+
+@dataclass(frozen=True)
+class PromptLookup(Drafter):
+    """Copy what followed an earlier occurrence of the last tokens (Saxena 2023). Tries the longest n-gram first.
+
+    The published code takes the first occurrence; `latest=True` takes the last one.
+    """
+
+    length: int = 10
+    ngram: int = 3
+    latest: bool = False
+
+    @property
+    def nodes(self) -> int:
+        return self.length + 1
+
+    @property
+    def depth(self) -> int:
+        return self.length
+
+    def propose(self, state, tokens_BS, count_B) -> Draft:
+        return jax.vmap(self._one)(tokens_BS, count_B)
+
+    def _one(self, tokens_S, count) -> Draft:
+        S, n = tokens_S.shape[0], self.ngram
+        back = jnp.arange(n)
+        tail = jnp.where(count - 1 - back >= 0, tokens_S[jnp.maximum(count - 1 - back, 0)], -1)
+        at = jnp.arange(S)[:, None] - back  # a window ending at s, newest token first
+        same = (tokens_S[jnp.maximum(at, 0)] == tail) & (at >= 0)
+        matched = jnp.cumprod(same, axis=1).sum(axis=1)  # how many of the last tokens agree, up to n
+        matched = jnp.where(jnp.arange(S) < count - 1, matched, 0)
+        found = matched == matched.max()
+        end = S - 1 - jnp.argmax(found[::-1]) if self.latest else jnp.argmax(found)
+        at = end + 1 + jnp.arange(self.length)
+        valid = (matched.max() > 0) & (at < count)
+        tokens = jnp.concatenate([tokens_S[count - 1][None], tokens_S[jnp.minimum(at, S - 1)]])
+        parent = jnp.maximum(jnp.arange(self.length + 1) - 1, 0)
+        return Draft(tokens, parent, jnp.concatenate([jnp.ones(1, bool), valid]))
+
+
+@dataclass(frozen=True)
+class TokenRecycling(Drafter):
+    """A tree filled from a table of each token's last seen top successors (Luo et al. 2024).
+
+    tree: every node as its path of child ranks, parents first. The table holds, per sequence, `rank` successors of every token; all
+    nodes of a pass write to it, refused ones too, the later node winning. It starts at zero as published.
+    """
+
+    tree: tuple[tuple[int, ...], ...]
+    rank: int = 8
+
+    def __post_init__(self):
+        known = {(): 0}
+        for path in self.tree:
+            if path[:-1] not in known or path in known:
+                raise UserError(f"tree node {path} has no parent before it, or stands twice; list parents first")
+            if not 0 <= path[-1] < self.rank:
+                raise UserError(f"tree node {path} wants rank {path[-1]} of {self.rank}; raise rank")
+            known[path] = len(known)
+
+    @property
+    def nodes(self) -> int:
+        return len(self.tree) + 1
+
+    @property
+    def depth(self) -> int:
+        return max(map(len, self.tree))
+
+    @property
+    def parents(self) -> tuple[int, ...]:
+        at = {(): 0, **{path: i + 1 for i, path in enumerate(self.tree)}}
+        return (0, *(at[path[:-1]] for path in self.tree))
+
+    def init(self, B: int, V: int) -> jax.Array:
+        return jnp.zeros((B, V, self.rank), jnp.int32)
+
+    def propose(self, state, tokens_BS, count_B) -> Draft:
+        B = count_B.shape[0]
+        nodes = [last_token(tokens_BS, count_B)[:, 0]]
+        for path, parent in zip(self.tree, self.parents[1:], strict=True):
+            nodes.append(state[jnp.arange(B), nodes[parent], path[-1]])
+        tokens = jnp.stack(nodes, axis=1)
+        parent = jnp.broadcast_to(jnp.asarray(self.parents, jnp.int32), tokens.shape)
+        return Draft(tokens, parent, jnp.ones(tokens.shape, bool))
+
+    def observe(self, state, draft: Draft, logits_BWV: jax.Array) -> jax.Array:
+        top = jax.lax.top_k(logits_BWV, self.rank)[1]
+        W = draft.tokens_BW.shape[1]
+        later = jnp.arange(W)[None, :] > jnp.arange(W)[:, None]
+        beaten = ((draft.tokens_BW[:, None] == draft.tokens_BW[:, :, None]) & later).any(axis=2)
+        # A node whose token a later node repeats writes nowhere: an order for what would be a racing scatter.
+        row = jnp.where(beaten, state.shape[1] + jnp.arange(W), draft.tokens_BW)
+        return jax.vmap(lambda m, r, t: m.at[r].set(t, mode="drop", unique_indices=True))(state, row, top)
+
+
+def _paths(text: str) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(int(c) for c in word) for word in text.split())
+
+
+# 15 drafts: the first ranks of the published tree, cut to what a small pass carries.
+TREE_16 = _paths("0 1 2 3 4 00 01 02 10 20 000 001 010 0000 00000")
+# The published 80 nodes (Luo et al. 2024, appendix; 8/21/25/15/8/3 by depth).
+TREE_80 = _paths(
+    "0 1 2 3 4 5 6 7 "
+    "00 01 02 03 04 05 06 07 10 11 12 13 20 21 22 30 31 40 50 60 70 "
+    "000 001 002 003 004 005 006 007 010 011 012 020 021 030 040 050 060 070 100 101 110 200 300 400 500 "
+    "0000 0001 0002 0003 0004 0010 0011 0020 0030 0040 0100 0200 1000 2000 3000 "
+    "00000 00001 00002 00010 00020 00100 01000 10000 "
+    "000000 000001 000100"
+)

@@ -1,0 +1,139 @@
+"""The decode loop: propose, one pass, walk, commit; the whole of it inside one jitted `while_loop`.
+
+Plain decoding is the drafter with one node. Its row is certain, so it goes to its slot at once; the rows of a larger draft wait in
+the cache's draft store until the next call says which of them were accepted. Nothing is ever rolled back.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from tokeff.decode.draft import Drafter
+from tokeff.decode.sample import Sampling, draw
+from tokeff.decode.tree import nothing, shape_of, walk
+from tokeff.kv.policy import Policy
+from tokeff.models.config import Config, Params
+from tokeff.models.flow import EMPTY, Accepted
+from tokeff.models.transformer import embed, stack, unembed
+
+
+@struct.dataclass
+class Decoding:
+    """Everything a generation carries from call to call; save it and it goes on.
+
+    tokens_BS: the text, count_B tokens of it known. The last known one is the root of the next draft; rows of all tokens before
+    it are in the cache or, accepted but not yet moved, in its draft store. A token's order is its place in the text less gone_B,
+    the prompt tokens that a restarting pass left out.
+    """
+
+    layers: tuple[Any, ...]
+    tokens_BS: jax.Array
+    count_B: jax.Array
+    gone_B: jax.Array
+    accepted: Accepted
+    drafter: Any
+    key_B: jax.Array
+    made_B: jax.Array
+    limit_B: jax.Array
+    done_B: jax.Array
+    passes_B: jax.Array
+
+
+def begin(
+    layers, tokens_BS, length_B, gone_B, logits_BV, drafter: Drafter, key_B, limit_B, how: Sampling, eos: tuple[int, ...]
+) -> Decoding:
+    """Draw the first token from the prompt's last logits. tokens_BS holds `length` tokens and room for `limit` more per row."""
+    B, V = logits_BV.shape
+    first = draw(logits_BV[:, None], length_B[:, None] - gone_B[:, None], key_B, how)[:, 0]
+    tokens = tokens_BS.at[jnp.arange(B), length_B].set(jnp.where(limit_B > 0, first, tokens_BS[jnp.arange(B), length_B]))
+    made = jnp.minimum(limit_B, 1)
+    done = (made >= limit_B) | is_eos(first, eos)
+    zero = jnp.zeros(B, jnp.int32)
+    return Decoding(
+        layers=layers, tokens_BS=tokens, count_B=length_B + made, gone_B=gone_B, accepted=nothing(B, drafter.nodes),
+        drafter=drafter.init(B, V), key_B=key_B, made_B=made, limit_B=limit_B, done_B=done, passes_B=zero,
+    )  # fmt: skip
+
+
+def is_eos(token: jax.Array, eos: tuple[int, ...]) -> jax.Array:
+    hit = jnp.zeros(token.shape, bool)
+    for e in eos:
+        hit = hit | (token == e)
+    return hit
+
+
+def step(params: Params, cfg: Config, s: Decoding, policy: Policy, drafter: Drafter, how: Sampling, eos: tuple[int, ...]) -> Decoding:
+    """One pass: between 1 and depth + 1 new tokens for every row that is not done."""
+    draft = drafter.propose(s.drafter, s.tokens_BS, s.count_B)
+    depth, ancestor = shape_of(draft.parent_BW, drafter.depth)
+    root_B = s.count_B - 1 - s.gone_B
+    place = root_B[:, None] + depth
+    order = jnp.where(draft.valid_BW & ~s.done_B[:, None], place, EMPTY)
+    flow = embed(params, cfg, draft.tokens_BW, order)
+    if drafter.nodes > 1:
+        committed = jnp.broadcast_to(root_B[:, None] - 1, order.shape)
+        flow = flow.replace(hi_BT=committed, among_BTT=ancestor & draft.valid_BW[:, None])
+    flow, layers = stack(params, cfg, flow, s.layers, policy=policy, accepted=s.accepted)
+    logits = unembed(params, cfg, flow.x_BTD)
+    target = draw(logits, place + 1, s.key_B, how)
+    path, count = walk(draft, target, drafter.depth)
+    emitted = jnp.take_along_axis(target, path, axis=1)
+    count = cut(s, emitted, count, vacancy(policy, layers), eos)
+    return advance(s, layers, path, emitted, count, drafter.observe(s.drafter, draft, logits), eos)
+
+
+def vacancy(policy: Policy, layers) -> jax.Array | None:
+    """The fewest rows any layer can still take before its eviction boundary."""
+    free = [policy.vacancy(layer) for layer in layers]
+    return None if free[0] is None else jnp.stack([f for f in free if f is not None]).min(axis=0)
+
+
+def cut(s: Decoding, emitted_BW, count_B, free_B, eos) -> jax.Array:
+    """Accept no further than the eviction boundary, the length limit, or the first end-of-sequence token."""
+    count = jnp.minimum(count_B, s.limit_B - s.made_B)
+    if free_B is not None and emitted_BW.shape[1] > 1:
+        count = jnp.minimum(count, free_B)
+    ends = is_eos(emitted_BW, eos)
+    first = jnp.where(ends.any(axis=1), jnp.argmax(ends, axis=1) + 1, emitted_BW.shape[1])
+    return jnp.where(s.done_B, 0, jnp.minimum(count, first))
+
+
+def advance(s: Decoding, layers, path, emitted, count, drafter_state, eos) -> Decoding:
+    """Write the new tokens into the table and count them."""
+    B, W = emitted.shape
+    at = jnp.where(jnp.arange(W)[None] < count[:, None], s.count_B[:, None] + jnp.arange(W)[None], s.tokens_BS.shape[1])
+    tokens = jax.vmap(lambda t, i, e: t.at[i].set(e, mode="drop"))(s.tokens_BS, at, emitted)
+    ended = (is_eos(emitted, eos) & (jnp.arange(W)[None] < count[:, None])).any(axis=1)
+    made = s.made_B + count
+    return s.replace(
+        layers=layers,
+        tokens_BS=tokens,
+        count_B=s.count_B + count,
+        accepted=Accepted(path, count),
+        drafter=drafter_state,
+        made_B=made,
+        done_B=s.done_B | ended | (made >= s.limit_B),
+        passes_B=s.passes_B + (~s.done_B).astype(jnp.int32),
+    )
+
+
+@partial(jax.jit, static_argnames=("cfg", "policy", "drafter", "how", "eos"), donate_argnames="s")
+def run(
+    params: Params, cfg: Config, s: Decoding, steps: jax.Array, *, policy: Policy, drafter: Drafter, how: Sampling, eos: tuple[int, ...]
+) -> Decoding:
+    """At most `steps` passes, fewer when every row is done. The state is donated."""
+
+    def go(carry):
+        i, s = carry
+        return (i < steps) & ~s.done_B.all()
+
+    def body(carry):
+        i, s = carry
+        return i + 1, step(params, cfg, s, policy, drafter, how, eos)
+
+    return jax.lax.while_loop(go, body, (jnp.int32(0), s))[1]

@@ -1,0 +1,75 @@
+"""Sampling: warpers in one order for everybody, and noise that depends only on (seed, row, position).
+
+A token is the arg-max of warped log-probabilities plus Gumbel noise of its (row, position). So a sequence is a function of its seed
+and row alone: not of batch mates, padding, chunk size, or how many tokens one pass commits. Speculative decoding then needs no rule
+of its own for sampling: a draft is right when it equals the token that plain sampling draws at that place.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from tokeff.errors import UserError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """temperature 0 is greedy; a tuple gives one per row. top_k 0, top_p 1, min_p 0 are off. Applied in that order."""
+
+    temperature: float | tuple[float, ...] = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    def check(self, rows: int) -> None:
+        given = self.temperature if isinstance(self.temperature, tuple) else (self.temperature,)
+        if min(given) < 0:
+            raise UserError(f"temperature {min(given)} is negative; use 0 for greedy decoding")
+        if isinstance(self.temperature, tuple) and len(self.temperature) != rows:
+            raise UserError(f"{len(self.temperature)} temperatures for {rows} prompts; give one number or one per prompt")
+        if self.top_k < 0 or not 0 < self.top_p <= 1 or not 0 <= self.min_p <= 1:
+            raise UserError("top_k must be >= 0, top_p in (0, 1], min_p in [0, 1]")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0 or (isinstance(self.temperature, tuple) and max(self.temperature) == 0)
+
+
+GREEDY = Sampling()
+
+
+def warp(logits_BWV: jax.Array, how: Sampling) -> jax.Array:
+    """Log-probabilities after temperature, top-k, top-p, min-p; -inf where cut. Greedy rows keep their arg-max only."""
+    t = jnp.asarray(how.temperature, jnp.float32).reshape(-1, 1, 1)
+    x = jax.nn.log_softmax(logits_BWV / jnp.where(t > 0, t, 1.0))
+    V = x.shape[-1]
+    if how.top_k and how.top_k < V:
+        x = jnp.where(x < jax.lax.top_k(x, how.top_k)[0][..., -1:], -jnp.inf, x)
+    if how.top_p < 1:
+        sorted_x = jnp.sort(x, axis=-1)[..., ::-1]
+        p = jax.nn.softmax(sorted_x)
+        inside = jnp.cumsum(p, axis=-1) - p < how.top_p  # the token that crosses the threshold stays
+        x = jnp.where(x < jnp.min(jnp.where(inside, sorted_x, jnp.inf), axis=-1, keepdims=True), -jnp.inf, x)
+    if how.min_p:
+        x = jnp.where(x < x.max(axis=-1, keepdims=True) + jnp.log(how.min_p), -jnp.inf, x)
+    one = jnp.where(logits_BWV == logits_BWV.max(axis=-1, keepdims=True), 0.0, -jnp.inf)
+    return jnp.where(t > 0, jax.nn.log_softmax(x), one)
+
+
+def row_keys(seed: int | jax.Array, row_B: jax.Array) -> jax.Array:
+    """One key per row: fold the row's own number into the seed."""
+    return jax.vmap(lambda r: jax.random.fold_in(jax.random.key(seed), r))(row_B)
+
+
+def draw(logits_BWV: jax.Array, position_BW: jax.Array, key_B: jax.Array, how: Sampling) -> jax.Array:
+    """token_BW for the places `position` (order of the token drawn). Nodes at one place share their noise: only one of them is
+    on the true path, and it must draw what plain decoding draws."""
+    if how.greedy:
+        return jnp.argmax(logits_BWV, axis=-1).astype(jnp.int32)
+    x = warp(logits_BWV, how)
+    V = x.shape[-1]
+    noise = jax.vmap(lambda key, at: jax.vmap(lambda p: jax.random.gumbel(jax.random.fold_in(key, p), (V,)))(at))
+    return jnp.argmax(x + noise(key_B, position_BW), axis=-1).astype(jnp.int32)

@@ -1,0 +1,46 @@
+"""Trees of drafts: depth and ancestors from parents, and the path that the target's own tokens take through one."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from tokeff.decode.draft import Draft
+from tokeff.models.flow import Accepted
+
+
+def shape_of(parent_BW: jax.Array, depth: int) -> tuple[jax.Array, jax.Array]:
+    """(depth_BW, ancestor_BWW): ancestor[b, i, j] says node j is i or above it. `depth` bounds the deepest node."""
+    B, W = parent_BW.shape
+    own = jnp.broadcast_to(jnp.eye(W, dtype=bool), (B, W, W))
+    above = own
+    for _ in range(depth):
+        above = own | jnp.take_along_axis(above, parent_BW[:, :, None], axis=1)
+    return above.sum(axis=2, dtype=jnp.int32) - 1, above
+
+
+def walk(draft: Draft, target_BW: jax.Array, depth: int) -> tuple[jax.Array, jax.Array]:
+    """(path_BW, count_B) from the root along nodes whose token is the one the target draws at their parent.
+
+    path holds node numbers, root first; entries from count on repeat the last node. W entries although at most depth + 1 are used:
+    the next call takes as many draft rows as this one gave.
+    """
+    parent, W = draft.parent_BW, draft.parent_BW.shape[1]
+    right = draft.valid_BW & (draft.tokens_BW == jnp.take_along_axis(target_BW, parent, axis=1))
+    right = right.at[:, 0].set(True)
+    for _ in range(depth):
+        right = right & jnp.take_along_axis(right, parent, axis=1)
+    level, _ = shape_of(parent, depth)
+    end = jnp.argmax(jnp.where(right, level, -1), axis=1)  # equal siblings: the first
+    count = jnp.take_along_axis(level, end[:, None], axis=1)[:, 0] + 1
+    up = [end]
+    for _ in range(depth):
+        up.append(jnp.take_along_axis(parent, up[-1][:, None], axis=1)[:, 0])
+    up_BU = jnp.stack(up, axis=1)  # the end first, then upwards; the root repeats
+    step = jnp.clip(count[:, None] - 1 - jnp.arange(W)[None], 0, depth)
+    return jnp.take_along_axis(up_BU, step, axis=1).astype(jnp.int32), count.astype(jnp.int32)
+
+
+def nothing(B: int, W: int) -> Accepted:
+    """No draft row has become real yet."""
+    return Accepted(jnp.zeros((B, W), jnp.int32), jnp.zeros(B, jnp.int32))

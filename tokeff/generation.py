@@ -1,0 +1,169 @@
+"""Prompts to text: tokenise, pad, prefill, pack, decode. Everything a caller may combine meets here, and is checked here first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tokeff.decode.draft import Drafter, Plain
+from tokeff.decode.loop import Decoding, begin, run
+from tokeff.decode.sample import GREEDY, Sampling, row_keys
+from tokeff.errors import UserError
+from tokeff.kv.cache import Room
+from tokeff.kv.extend import extend, pack
+from tokeff.kv.policy import Ask, Full, Policy
+from tokeff.kv.prefill import Prompt, prefill
+from tokeff.models.load import Model
+from tokeff.reduce.prune import LastRowTopK
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What came out, one entry per prompt. `passes` counts model calls after the prefill; tokens / passes is the mean accepted length."""
+
+    texts: list[str]
+    tokens: list[list[int]]
+    passes: list[int]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """One combination of parts, checked before anything is computed."""
+
+    kv: Policy = field(default_factory=Full)
+    cut: LastRowTopK | None = None
+    decode: Drafter = field(default_factory=Plain)
+    sampling: Sampling = GREEDY
+
+    def check(self, m: Model, lengths: Sequence[int], new: int) -> None:
+        """Raise UserError when the parts do not fit each other, the model, or the prompts."""
+        if new < 1:
+            raise UserError(f"max_new={new} generates nothing; give at least 1")
+        for i, n in enumerate(lengths):
+            if n == 0:
+                raise UserError(f"prompt {i} is empty; give at least one token")
+            if n + new > m.cfg.max_len:
+                raise UserError(
+                    f"prompt {i} has {n} tokens and {new} more are wanted, but {m.cfg.name} reads {m.cfg.max_len}; shorten it"
+                )
+            self.kv.check(m.cfg, n)
+            if self.cut is not None:
+                self.cut.check(m.cfg, n)
+        self.sampling.check(len(lengths))
+        if self.decode.nodes > 1 and (reason := self.kv.drafts(self.decode.depth)):
+            raise UserError(f"{type(self.decode).__name__} does not fit {type(self.kv).__name__}: {reason}")
+
+    def room(self, new: int) -> Room:
+        """Space for `new` tokens. A draft row beyond the limit is never accepted, so drafts need no extra slots."""
+        return Room(new, self.decode.nodes if self.decode.nodes > 1 else 0)
+
+
+def bucket(n: int) -> int:
+    """Round a length up so that prompts of similar length share compiled code."""
+    step = 64 if n <= 1024 else 256
+    return -(-n // step) * step
+
+
+def encode(m: Model, prompts: str | Sequence[str] | Sequence[Sequence[int]]) -> list[list[int]]:
+    """Token ids of each prompt; ids pass through."""
+    items = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not items:
+        raise UserError("no prompts; give a string, a list of strings, or a list of token lists")
+    return [list(m.tokenizer.encode(p).ids) if isinstance(p, str) else [int(t) for t in p] for p in items]
+
+
+def pad(ids: Sequence[Sequence[int]], T: int | None = None) -> tuple[jax.Array, jax.Array]:
+    """(tokens_BT, length_B), padded on the right to a bucket."""
+    lengths = [len(row) for row in ids]
+    tokens = np.zeros((len(ids), T or bucket(max(lengths))), np.int32)
+    for row, given in zip(tokens, ids, strict=True):
+        row[: len(given)] = given
+    return jnp.asarray(tokens), jnp.asarray(lengths, jnp.int32)
+
+
+def read(m: Model, ids, setup: Setup, *, chunk: int | None = None, evidence: tuple[Ask, ...] = ()) -> Prompt:
+    """Prefill these prompts, gathering what the policy needs (and what else is asked for)."""
+    tokens, length = pad(ids)
+    wanted = tuple(dict.fromkeys((*setup.kv.needs(), *evidence)))
+    return prefill(m.params, m.cfg, tokens, length, evidence=wanted, cut=setup.cut, chunk=chunk, dtype=m.precision.cache)
+
+
+def start(m: Model, prompt: Prompt, setup: Setup, new: int, seed: int = 0, eos: tuple[int, ...] = ()) -> Decoding:
+    """Pack the prompt under the policy and draw the first token."""
+    layers = pack(setup.kv, prompt.layers, setup.room(new), m.cfg)
+    return decoding(layers, prompt.tokens_BT, prompt.length_B, prompt.next_B, prompt.logits_BV, setup, new, seed, eos)
+
+
+def decoding(layers, tokens_BT, length_B, next_B, logits_BV, setup: Setup, new: int, seed: int, eos: tuple[int, ...]) -> Decoding:
+    """A generation about to start from these caches and last logits."""
+    B = length_B.shape[0]
+    table = jnp.pad(tokens_BT, ((0, 0), (0, new)))
+    keys = row_keys(seed, jnp.arange(B))
+    limit = jnp.full(B, new, jnp.int32)
+    return begin(layers, table, length_B, length_B - next_B, logits_BV, setup.decode, keys, limit, setup.sampling, eos)
+
+
+def go(m: Model, s: Decoding, setup: Setup, steps: int, eos: tuple[int, ...]) -> Decoding:
+    """At most `steps` more passes. Consumes `s`."""
+    return run(m.params, m.cfg, s, jnp.int32(steps), policy=setup.kv, drafter=setup.decode, how=setup.sampling, eos=eos)
+
+
+def new_tokens(s: Decoding) -> list[list[int]]:
+    """The generated ids of each row, the end-of-sequence token included."""
+    tokens, count, made = (np.asarray(x) for x in (s.tokens_BS, s.count_B, s.made_B))
+    return [row[c - n : c].tolist() for row, c, n in zip(tokens, count, made, strict=True)]
+
+
+def finished(m: Model, s: Decoding) -> Generation:
+    ids = new_tokens(s)
+    return Generation([m.tokenizer.decode(t) for t in ids], ids, np.asarray(s.passes_B).tolist())
+
+
+def generate(
+    m: Model,
+    prompts: str | Sequence[str] | Sequence[Sequence[int]],
+    *,
+    kv: Policy | None = None,
+    cut: LastRowTopK | None = None,
+    decode: Drafter | None = None,
+    max_new: int = 64,
+    sampling: Sampling = GREEDY,
+    seed: int = 0,
+    chunk: int | None = None,
+    stop: bool = True,
+) -> Generation:
+    """Continue each prompt by up to `max_new` tokens.
+
+    kv: what each layer keeps and reads. cut: which prompt rows go on through the network. decode: how many tokens a pass may
+    commit. chunk: prefill in pieces of so many tokens. stop: end a row at the model's end-of-sequence tokens. A row's tokens
+    depend on (seed, row) alone. Raises UserError, before computing anything, for parts that do not fit.
+    """
+    setup = Setup(kv or Full(), cut, decode or Plain(), sampling)
+    ids, eos = encode(m, prompts), m.cfg.eos if stop else ()
+    setup.check(m, [len(row) for row in ids], max_new)
+    s = start(m, read(m, ids, setup, chunk=chunk), setup, max_new, seed, eos)
+    return finished(m, go(m, s, setup, max_new, eos))
+
+
+def stream(m: Model, prompt: str | Sequence[int], *, every: int = 4, max_new: int = 64, **parts) -> Iterator[str]:
+    """Yield the text of one prompt's continuation piece by piece, every few passes. Takes what `generate` takes."""
+    seed, chunk, stop = parts.pop("seed", 0), parts.pop("chunk", None), parts.pop("stop", True)
+    setup = Setup(**{name: part for name, part in parts.items() if part is not None})
+    ids, eos = encode(m, [prompt] if isinstance(prompt, str) else [list(prompt)]), m.cfg.eos if stop else ()
+    setup.check(m, [len(row) for row in ids], max_new)
+    s, said = start(m, read(m, ids, setup, chunk=chunk), setup, max_new, seed, eos), ""
+    while True:
+        text, done = m.tokenizer.decode(new_tokens(s)[0]), bool(s.done_B.all())
+        if done or not text.endswith("\ufffd"):  # half a character waits for its other bytes
+            yield text[len(said) :]
+            said = text
+        if done:
+            return
+        s = go(m, s, setup, every, eos)
+
+
+__all__ = ["Generation", "Setup", "decoding", "encode", "extend", "generate", "go", "pad", "read", "start", "stream"]

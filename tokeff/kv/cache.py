@@ -1,0 +1,169 @@
+"""Rows of keys and values in slots: the store that most cache policies use, and its four pure operations.
+
+`write` puts certain rows into slots, `hold` keeps draft rows aside, `commit` moves the drafts that the verifier accepted into
+slots on the next call, `evict` frees slots. No row ever moves to another slot, so nothing of cache size is copied in a decode
+loop: XLA updates `k_BKCH` in place as long as each call writes it before it reads it (docs/design.md, "Copies").
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from tokeff.models.flow import EMPTY, Accepted, Flow
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a packed cache must have space for: `rows` further tokens, and `draft` nodes (0: rows are always certain)."""
+
+    rows: int
+    draft: int = 0
+
+
+@struct.dataclass
+class Draft:
+    """W rows that the last call computed and nobody has accepted yet; q and lse only for policies that score by attention."""
+
+    k_BKWH: jax.Array
+    v_BKWH: jax.Array
+    order_BW: jax.Array
+    q_BWNH: jax.Array | None = None
+    lse_BWN: jax.Array | None = None
+
+
+@struct.dataclass
+class Rows:
+    """C slots per key/value head. order_BKC says which row a slot holds (EMPTY: none); live_B counts rows per head.
+
+    Rows fill slots 0, 1, .... A policy that evicts E rows whenever limit_B is reached names the slots it freed in free_BKE; the
+    last E rows below the limit go there. mass_BKC is running evidence (H2O's accumulated attention).
+    """
+
+    k_BKCH: jax.Array
+    v_BKCH: jax.Array
+    order_BKC: jax.Array
+    live_B: jax.Array
+    limit_B: jax.Array | None = None
+    free_BKE: jax.Array | None = None
+    mass_BKC: jax.Array | None = None
+    draft: Draft | None = None
+
+    @property
+    def capacity(self) -> int:
+        return self.k_BKCH.shape[2]
+
+
+def per_head(f):
+    """Map a function of one head's arrays over (B, K): partitions over data x model, unlike folding B and K together."""
+    return jax.vmap(jax.vmap(f))
+
+
+def take_rows(x_BKCH: jax.Array, index_BKM: jax.Array) -> jax.Array:
+    """x_BKMH: the rows at `index` of every head. Indices must be in range."""
+    return per_head(lambda x, i: jnp.take(x, i, axis=0, mode="clip"))(x_BKCH, index_BKM)
+
+
+def slots_for(rows: Rows, nth_BT: jax.Array) -> jax.Array:
+    """slot_BKT of each head's n-th live row. Only rows that arrive use this, so n counts from the current `live_B`."""
+    B, K, C = rows.order_BKC.shape
+    nth = jnp.broadcast_to(nth_BT[:, None], (B, K, nth_BT.shape[1]))
+    if rows.free_BKE is None or rows.limit_B is None:
+        return nth
+    E = rows.free_BKE.shape[-1]
+    first = (rows.limit_B - E)[:, None, None]
+    freed = jnp.take_along_axis(rows.free_BKE, jnp.clip(nth - first, 0, E - 1), axis=2)
+    return jnp.where(nth < first, nth, freed)
+
+
+def write(rows: Rows, k_BKTH: jax.Array, v_BKTH: jax.Array, order_BT: jax.Array) -> Rows:
+    """Put rows into slots, those with order EMPTY into none. The caller sees to it that they fit."""
+    B, K, C = rows.order_BKC.shape
+    valid = order_BT != EMPTY
+    slot = slots_for(rows, rows.live_B[:, None] + jnp.cumsum(valid, axis=1) - 1)
+    # Out-of-range slots are dropped; distinct ones keep the promise of unique indices, which lets XLA write in place.
+    slot = jnp.where(valid[:, None], slot, C + jnp.arange(order_BT.shape[1]))
+
+    def put(x, s, new):
+        return x.at[s].set(new, mode="drop", unique_indices=True)
+
+    order = jnp.broadcast_to(order_BT[:, None], slot.shape)
+    return rows.replace(
+        k_BKCH=per_head(put)(rows.k_BKCH, slot, k_BKTH.astype(rows.k_BKCH.dtype)),
+        v_BKCH=per_head(put)(rows.v_BKCH, slot, v_BKTH.astype(rows.v_BKCH.dtype)),
+        order_BKC=per_head(put)(rows.order_BKC, slot, order),
+        mass_BKC=None if rows.mass_BKC is None else per_head(put)(rows.mass_BKC, slot, jnp.zeros(slot.shape)),
+        live_B=rows.live_B + valid.sum(axis=1, dtype=jnp.int32),
+    )
+
+
+def accepted_orders(draft: Draft, accepted: Accepted) -> jax.Array:
+    """order_BW along the accepted path, EMPTY past its end."""
+    taken = jnp.arange(accepted.path_BW.shape[1])[None] < accepted.count_B[:, None]
+    return jnp.where(taken, jnp.take_along_axis(draft.order_BW, accepted.path_BW, axis=1), EMPTY)
+
+
+def commit(rows: Rows, accepted: Accepted) -> Rows:
+    """Move the previous call's accepted draft rows into slots. Unaccepted ones are simply overwritten later."""
+    draft = rows.draft
+    assert draft is not None, "this cache was packed without room for drafts"
+    B, K, W, _ = draft.k_BKWH.shape
+    path = jnp.broadcast_to(accepted.path_BW[:, None], (B, K, W))
+    return write(rows, take_rows(draft.k_BKWH, path), take_rows(draft.v_BKWH, path), accepted_orders(draft, accepted))
+
+
+def hold(rows: Rows, k_BKTH: jax.Array, v_BKTH: jax.Array, order_BT: jax.Array, q=None, lse=None) -> Rows:
+    """Keep this call's rows aside as drafts."""
+    like = rows.draft
+    assert like is not None
+    if k_BKTH.shape[2] != like.k_BKWH.shape[2]:
+        raise ValueError(f"{k_BKTH.shape[2]} draft rows, but the cache was packed for {like.k_BKWH.shape[2]}")
+    draft = Draft(
+        k_BKTH.astype(like.k_BKWH.dtype),
+        v_BKTH.astype(like.v_BKWH.dtype),
+        order_BT,
+        None if like.q_BWNH is None or q is None else q.astype(like.q_BWNH.dtype),
+        None if like.lse_BWN is None else lse,
+    )
+    return rows.replace(draft=draft)
+
+
+def evict(rows: Rows, score_BKC: jax.Array, E: int, full_B: jax.Array) -> Rows:
+    """Free the E lowest-scored live slots of every head, in the sequences where `full_B` holds.
+
+    Only order, score and the free list pass through; keys and values stay where they are.
+    """
+
+    def per_row(order, score, free, full):
+        _, slot = jax.lax.top_k(jnp.where(order == EMPTY, -jnp.inf, -score), E)
+        return jnp.where(full, order.at[slot].set(EMPTY), order), jnp.where(full, slot.astype(jnp.int32), free)
+
+    over_heads = jax.vmap(per_row, in_axes=(0, 0, 0, None))
+    order, free = jax.vmap(over_heads)(rows.order_BKC, score_BKC, rows.free_BKE, full_B)
+    return rows.replace(order_BKC=order, free_BKE=free, live_B=rows.live_B - E * full_B.astype(jnp.int32))
+
+
+def empty_draft(k_BKCH: jax.Array, W: int, N: int | None = None, dtype=None) -> Draft | None:
+    """Space for W draft rows beside a store; with N query heads also their queries and log-sum-exps."""
+    if not W:
+        return None
+    B, K, _, H = k_BKCH.shape
+    zero = jnp.zeros((B, K, W, H), k_BKCH.dtype)
+    q = None if N is None else jnp.zeros((B, W, N, H), dtype or k_BKCH.dtype)
+    lse = None if N is None else jnp.zeros((B, W, N), jnp.float32)
+    return Draft(zero, zero, jnp.full((B, W), EMPTY, jnp.int32), q, lse)
+
+
+def visible(order_BKC: jax.Array, lo_BT: jax.Array, hi_BT: jax.Array) -> jax.Array:
+    """visible_BKTC of stored rows. EMPTY lies below every `lo`, so free slots are never seen."""
+    order = order_BKC[:, :, None]
+    return (order >= lo_BT[:, None, :, None]) & (order <= hi_BT[:, None, :, None])
+
+
+def among(flow: Flow, lo_BT: jax.Array) -> jax.Array:
+    """visible_BTT of the same call's draft rows, inside the sliding window."""
+    assert flow.among_BTT is not None
+    return flow.among_BTT & (flow.order_BT[:, None] >= lo_BT[:, :, None]) & (flow.order_BT[:, None] != EMPTY)

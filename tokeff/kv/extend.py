@@ -1,0 +1,61 @@
+"""Certain rows into a packed cache: the next question, a teacher-forced answer, held-out text."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from tokeff.kv.cache import Room
+from tokeff.kv.policy import Policy, Prefilled
+from tokeff.kv.prefill import alike, run_layers
+from tokeff.models.config import Config, Params
+from tokeff.models.flow import EMPTY, Here
+from tokeff.models.transformer import embed, stack, unembed
+
+
+@partial(jax.jit, static_argnames=("policy", "room", "here"))
+def _pack_one(rows: Prefilled, *, policy: Policy, room: Room, here: Here):
+    return policy.pack_layer(rows, room, here)
+
+
+def pack(policy: Policy, layers: tuple[Prefilled, ...], room: Room, cfg: Config):
+    """The policy's cache from a dense prefill: layer by layer where the policy decides so, else as a whole under one jit."""
+    if type(policy).pack is not Policy.pack:
+        return jax.jit(lambda layers: policy.pack(layers, room, cfg))(layers)
+    return tuple(
+        _pack_one(rows, policy=policy, room=room, here=Here(alike(policy, None, cfg, i), cfg))
+        for i, rows in enumerate(layers)
+    )
+
+
+def extend(params: Params, cfg: Config, layers, tokens_BT: jax.Array, start_B: jax.Array, length_B: jax.Array, policy: Policy):
+    """(logits_BTV, layers) after `length_B` right-padded tokens that start at order `start_B`.
+
+    A policy that evicts during decoding takes them one by one, because the rows it would evict between them decide what the later
+    ones see; others take them in one pass.
+    """
+    T = tokens_BT.shape[1]
+    t = jnp.arange(T, dtype=jnp.int32)[None]
+    order = jnp.where(t < length_B[:, None], start_B[:, None] + t, EMPTY)
+    if policy.chunk is not None and policy.chunk < T:
+        return _one_by_one(params, layers, tokens_BT, order, cfg=cfg, policy=policy)
+    flow, layers = run_layers(params, cfg, embed(params, cfg, tokens_BT, order), layers, policy=policy)
+    return _logits(params, flow.x_BTD, cfg=cfg), layers
+
+
+@partial(jax.jit, static_argnames="cfg")
+def _logits(params, x_BTD, *, cfg):
+    return unembed(params, cfg, x_BTD)
+
+
+@partial(jax.jit, static_argnames=("cfg", "policy"))
+def _one_by_one(params, layers, tokens_BT, order_BT, *, cfg, policy):
+    def one(layers, row):
+        token_B, order_B = row
+        flow, layers = stack(params, cfg, embed(params, cfg, token_B[:, None], order_B[:, None]), layers, policy=policy)
+        return layers, unembed(params, cfg, flow.x_BTD)[:, 0]
+
+    layers, logits = jax.lax.scan(one, layers, (tokens_BT.T, order_BT.T))
+    return jnp.moveaxis(logits, 0, 1), layers

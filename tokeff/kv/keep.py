@@ -1,0 +1,191 @@
+"""`Keep`: score the rows, protect some, keep the best within a budget; once after the prompt, or throughout decoding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from tokeff.errors import UserError
+from tokeff.kv.budget import Budget, best, check_budget, most_rows, rows_of
+from tokeff.kv.cache import Room, Rows, accepted_orders, among, commit, empty_draft, evict, hold, take_rows, visible, write
+from tokeff.kv.policy import Ask, Policy, Prefilled, append, pad_slots
+from tokeff.kv.read import read_rows
+from tokeff.kv.score import Scorer
+from tokeff.models.attention import combine, scores, softmax
+from tokeff.models.flow import EMPTY, Accepted, Flow, Here
+
+
+@dataclass(frozen=True)
+class Keep(Policy):
+    """Keep the `budget` best rows of every head.
+
+    budget: share of the prompt's rows, or a number of rows. score: what a row is worth. sinks, recent: the first and last rows
+    that are always kept and count towards the budget (`recent` as a float is a share of the budget). evict: 0 keeps what the
+    prompt left and appends every generated row; E >= 1 holds the number of rows at the budget by evicting E whenever it is
+    reached (E = 1 is the published per-step rule; larger E leaves room for drafts).
+    """
+
+    budget: Budget
+    score: Scorer
+    sinks: int = 0
+    recent: float | int = 0
+    evict: int = 0
+
+    def needs(self) -> tuple[Ask, ...]:
+        return self.score.needs()
+
+    @property
+    def chunk(self) -> int | None:  # type: ignore[override]
+        return 1 if self.evict else None
+
+    def check(self, cfg, length: int) -> None:
+        check_budget(self.budget, length)
+        rows = most_rows(self.budget, length)
+        if self.evict and not self.score.running:
+            raise UserError(f"{type(self.score).__name__} is defined at the end of the prompt; set evict=0")
+        if self.sinks + self.recent_rows(rows) > rows:
+            raise UserError(
+                f"sinks {self.sinks} and recent {self.recent_rows(rows)} exceed a budget of {rows} rows; raise the budget"
+            )
+        if self.evict and self.sinks + self.recent_rows(rows) + self.evict > rows:
+            raise UserError(f"evict={self.evict} leaves no row of the budget of {rows} to evict; lower evict or recent")
+
+    def recent_rows(self, rows):
+        """Of a budget of `rows` (a number or one per sequence), how many are the most recent."""
+        if not isinstance(self.recent, float):
+            return self.recent
+        return int(self.recent * rows) if isinstance(rows, int) else (self.recent * rows).astype(jnp.int32)
+
+    def drafts(self, depth: int) -> str | None:
+        if self.evict and depth > self.evict:
+            return f"it evicts every {self.evict} rows and the drafts are {depth} deep; set evict={depth} or more"
+        return None
+
+    # -- end of prompt
+
+    def guarded(self, rows: Prefilled, here: Here) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """(score_BKS with -inf for padding, forced_BKS, keep_B): forced are the sinks and the last rows of each prompt."""
+        keep_B = rows_of(self.budget, rows.count_B)
+        exists = (rows.order_BS != EMPTY)[:, None]
+        order, n = rows.order_BS[:, None], rows.count_B[:, None, None]
+        forced = exists & ((order < self.sinks) | (order >= n - jnp.reshape(self.recent_rows(keep_B), (-1, 1, 1))))
+        score = self.score.first(rows, here).astype(jnp.float32)
+        return jnp.where(exists, score, -jnp.inf), jnp.broadcast_to(forced, score.shape), keep_B
+
+    def pack_layer(self, rows: Prefilled, room: Room, here: Here) -> Rows:
+        score, forced, keep_B = self.guarded(rows, here)
+        index = best(jnp.where(forced, jnp.inf, score), keep_B, most_rows(self.budget, rows.order_BS.shape[1]))
+        return self.store(rows, index, room, here)
+
+    def store(self, rows: Prefilled, index_BKM: jax.Array, room: Room, here: Here) -> Rows:
+        """The chosen rows (index S = none) in the first slots of a new cache."""
+        S, M = rows.order_BS.shape[1], index_BKM.shape[-1]
+        C = M if self.evict else M + room.rows
+        order = jnp.take_along_axis(pad_slots(rows.order_BS, S + 1, 1, EMPTY)[:, None], index_BKM, axis=2)
+        k = pad_slots(self.stored_keys(rows, index_BKM, order, here), C, 2)
+        v = pad_slots(take_rows(rows.v_BKSH, index_BKM), C, 2)
+        limit = free = mass = None
+        if self.evict:
+            limit = rows_of(self.budget, rows.count_B)
+            free = jnp.maximum(limit[:, None, None] - self.evict, 0) + jnp.arange(self.evict, dtype=jnp.int32)
+            free = jnp.broadcast_to(free, (*order.shape[:2], self.evict))
+        if self.evict and self.score.mass:
+            (ask,) = self.score.needs()
+            mass = pad_slots(jnp.take_along_axis(pad_slots(rows.evidence[ask], S + 1, 2), index_BKM, axis=2), C, 2)
+        N = here.cfg.N if mass is not None else None
+        live = (order[:, 0] != EMPTY).sum(axis=-1, dtype=jnp.int32)
+        return Rows(k, v, pad_slots(order, C, 2, EMPTY), live, limit, free, mass, empty_draft(k, room.draft, N))
+
+    def stored_keys(self, rows: Prefilled, index_BKM: jax.Array, order_BKM: jax.Array, here: Here) -> jax.Array:
+        return take_rows(rows.k_BKSH, index_BKM)
+
+    # -- decoding
+
+    def vacancy(self, layer: Rows) -> jax.Array | None:
+        return layer.limit_B - layer.live_B if self.evict else None
+
+    def attend(self, q, k, v, ask: Flow, new: Flow, layer: Rows, accepted: Accepted | None, across, here: Here):
+        q, k = here.rotate(q, ask.angle_BT[:, :, None]), here.rotate(k, new.angle_BT[:, :, None])
+        if not self.evict:
+            layer = append(layer, k, v, new, accepted)
+            return read_rows(q, layer, ask, here), layer, across
+        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+        if new.among_BTT is None:
+            layer = write(self.make_room(layer, new.order_BT, here), k, v, new.order_BT)
+            if layer.mass_BKC is None:
+                return read_rows(q, layer, ask, here), layer, across
+            return *read_and_weigh(q, layer, ask, here), across
+        assert accepted is not None
+        return *self.attend_drafts(q, k, v, ask, layer, accepted, here), across
+
+    def make_room(self, layer: Rows, arriving_BT: jax.Array, here: Here) -> Rows:
+        """Evict where the rows that arrive would not fit. Small arrays only, and only when some sequence is full."""
+        if not self.evict:
+            return layer
+        full_B = layer.live_B + (arriving_BT != EMPTY).sum(axis=1) > layer.limit_B
+        return self.evict_where(layer, full_B, here)
+
+    def evict_where(self, layer: Rows, full_B: jax.Array, here: Here) -> Rows:
+        """Free `evict` slots of every head in the sequences that are full."""
+        small = layer.replace(k_BKCH=None, v_BKCH=None, draft=None)
+
+        def do(small: Rows) -> Rows:
+            order = small.order_BKC
+            recent = order > order.max(axis=-1, keepdims=True) - jnp.reshape(self.recent_rows(layer.limit_B), (-1, 1, 1))
+            forced = (order != EMPTY) & ((order < self.sinks) | recent)
+            return evict(small, jnp.where(forced, jnp.inf, self.score.later(small, here)), self.evict, full_B)
+
+        small = jax.lax.cond(full_B.any(), do, lambda small: small, small)
+        return small.replace(k_BKCH=layer.k_BKCH, v_BKCH=layer.v_BKCH, draft=layer.draft)
+
+    def attend_drafts(self, q, k, v, ask: Flow, layer: Rows, accepted: Accepted, here: Here):
+        """Commit, score, evict, then mask: one pass over the keys serves the accepted queries and the new ones."""
+        before = layer.draft
+        assert before is not None
+        layer = commit(layer, accepted)
+        if layer.mass_BKC is None:
+            layer = hold(self.evict_where(layer, layer.live_B >= layer.limit_B, here), k, v, ask.order_BT)
+            return read_rows(q, layer, ask, here), layer
+        asked = jnp.take_along_axis(before.q_BWNH, accepted.path_BW[..., None, None], axis=1)
+        logits = scores(jnp.concatenate([asked, q], axis=1), layer.k_BKCH, here.cfg.scale, here.cfg.softcap)
+        W = asked.shape[1]
+        mass = accepted_mass(logits[..., :W, :], layer, before, accepted, here)
+        layer = layer.replace(mass_BKC=layer.mass_BKC + mass)
+        layer = self.evict_where(layer, layer.live_B >= layer.limit_B, here)
+        out, lse = attend_both(logits[..., W:, :], q, k, v, layer, ask, here)
+        return out, hold(layer, k, v, ask.order_BT, q, lse)
+
+
+def read_and_weigh(q_BTNH: jax.Array, layer: Rows, ask: Flow, here: Here) -> tuple[jax.Array, Rows]:
+    """Attention over the store, and its probabilities added to each slot's mass, from one pass over the keys."""
+    cfg = here.cfg
+    seen = visible(layer.order_BKC, here.lo(ask.order_BT), ask.hi_BT)[:, :, None]
+    p, _ = softmax(scores(q_BTNH, layer.k_BKCH, cfg.scale, cfg.softcap), seen)
+    return combine(p, layer.v_BKCH), layer.replace(mass_BKC=layer.mass_BKC + p.sum(axis=(2, 3)))
+
+
+def accepted_mass(logits_BKGWC, layer: Rows, draft, accepted: Accepted, here: Here) -> jax.Array:
+    """mass_BKC that the previous call's accepted queries give to every slot, their own rows included."""
+    order_BW = accepted_orders(draft, accepted)
+    lse = jnp.take_along_axis(draft.lse_BWN, accepted.path_BW[..., None], axis=1)
+    B, W, N = lse.shape
+    lse = jnp.moveaxis(lse.reshape(B, W, here.cfg.K, N // here.cfg.K), 1, 3)[..., None]
+    seen = visible(layer.order_BKC, here.lo(order_BW), order_BW)[:, :, None]
+    return jnp.where(seen, jnp.exp(logits_BKGWC - lse), 0.0).sum(axis=(2, 3))
+
+
+def attend_both(logits_BKGTC, q, k_BKWH, v_BKWH, layer: Rows, ask: Flow, here: Here) -> tuple[jax.Array, jax.Array]:
+    """(out_BTNH, lse_BTN) of draft queries over the store and their own call's rows in one softmax."""
+    cfg = here.cfg
+    lo = here.lo(ask.order_BT)
+    stored = visible(layer.order_BKC, lo, ask.hi_BT)[:, :, None]
+    W = k_BKWH.shape[2]
+    fresh = jnp.broadcast_to(among(ask, lo)[:, None, None], (*stored.shape[:-1], W))
+    logits = jnp.concatenate([logits_BKGTC, scores(q, k_BKWH, cfg.scale, cfg.softcap)], axis=-1)
+    p, lse = softmax(logits, jnp.concatenate([stored, fresh], axis=-1))
+    C = layer.capacity
+    out = combine(p[..., :C], layer.v_BKCH) + combine(p[..., C:], v_BKWH)
+    B, K, G, T = lse.shape
+    return out, jnp.moveaxis(lse, 3, 1).reshape(B, T, K * G)

@@ -1,0 +1,137 @@
+"""Seam 1: what a layer keeps and what its queries read.
+
+A `Policy` is a frozen dataclass with two duties. `pack` turns the rows of a dense prefill into the policy's own cache, between
+jitted calls, where any shape may change. `attend` is one layer of one decode call: it takes this call's unrotated queries, keys
+and values and the layer's cache, and returns the attention output and the new cache. `Full` is the policy that keeps everything.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from tokeff.kv.cache import Room, Rows, commit, empty_draft, hold, write
+from tokeff.kv.read import read_rows
+from tokeff.models.flow import EMPTY, Accepted, Flow, Here
+
+
+@dataclass(frozen=True)
+class Ask:
+    """Evidence wanted of a prefill: attention mass per stored row, summed over query heads of a kv head and over queries.
+
+    last: only the last `last` prompt rows ask (SnapKV); None: all do (H2O). decay: a query `d` rows before the end weighs
+    decay**d (A2SF). Computed by one extra pass over the keys per layer, never as a T x S matrix.
+    """
+
+    last: int | None = None
+    decay: float = 1.0
+
+    def weight(self, order_BT: jax.Array, length_B: jax.Array) -> jax.Array:
+        """weight_BT of each query row, from its distance to the end of the prompt."""
+        back = length_B[:, None] - 1 - order_BT
+        w = jnp.where(order_BT == EMPTY, 0.0, self.decay ** jnp.maximum(back, 0).astype(jnp.float32))
+        return w if self.last is None else jnp.where(back < self.last, w, 0.0)
+
+
+@struct.dataclass
+class Prefilled:
+    """One layer after the dense prefill: S rows in order, keys rotated, and the evidence that was asked for."""
+
+    k_BKSH: jax.Array
+    v_BKSH: jax.Array
+    order_BS: jax.Array
+    length_B: jax.Array  # of the prompt; a pass may have let fewer rows reach this layer
+    index: jax.Array  # () number of the layer, as an array so that layers that are alike share compiled code
+    evidence: dict[Ask, jax.Array]  # Ask -> mass_BKS
+
+    @property
+    def count_B(self) -> jax.Array:
+        return (self.order_BS != EMPTY).sum(axis=1, dtype=jnp.int32)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Base class: what every policy declares, with the defaults of one that only changes what is kept at the end of prefill."""
+
+    asks: ClassVar[tuple[Ask, ...]] = ()
+    chunk: ClassVar[int | None] = None  # the most certain rows one call may bring; None = any number
+
+    def needs(self) -> tuple[Ask, ...]:
+        """Evidence this policy wants from prefill."""
+        return self.asks
+
+    def check(self, cfg, length: int) -> None:
+        """Raise UserError when the policy cannot work on this model and prompt length."""
+
+    def drafts(self, depth: int) -> str | None:
+        """None when tree drafts of this depth equal one-row decoding under the policy; else the reason they do not."""
+        return None
+
+    def role(self, layer: int) -> Any:
+        """What this layer does under the policy. Layers with equal roles share compiled code, so a policy whose methods read
+        `here.layer` must tell them apart here; None when all layers are alike."""
+        return None
+
+    def pack(self, layers: tuple[Prefilled, ...], room: Room, cfg) -> tuple[Any, ...]:
+        """The policy's cache from a dense prefill. Policies that decide over the whole model override this."""
+        return tuple(self.pack_layer(p, room, Here(i, cfg)) for i, p in enumerate(layers))
+
+    def pack_layer(self, rows: Prefilled, room: Room, here: Here) -> Any:
+        raise NotImplementedError
+
+    def attend(self, q, k, v, ask: Flow, new: Flow, layer, accepted: Accepted | None, across, here: Here):
+        raise NotImplementedError
+
+    def vacancy(self, layer: Any) -> jax.Array | None:
+        """accept_B: how many of this call's draft rows may become real before the next boundary; None = no limit."""
+        return None
+
+    def kept(self, layer: Any) -> jax.Array:
+        """order_BKC of the rows a query may still read, for pictures and tests."""
+        return layer.order_BKC
+
+    def bytes_read(self, layer: Any, here: Here) -> int:
+        """Bytes of this layer's arrays that one decode step reads, metadata included."""
+        return tree_bytes(layer)
+
+
+def tree_bytes(tree: Any) -> int:
+    """Bytes of every array in a pytree (arrays or ShapeDtypeStructs)."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def pad_slots(x: jax.Array, C: int, axis: int, fill=0) -> jax.Array:
+    """Pad one axis at its end to C."""
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, C - x.shape[axis])
+    return jnp.pad(x, widths, constant_values=fill)
+
+
+@dataclass(frozen=True)
+class Full(Policy):
+    """Keep every row, read every row: the baseline. Slots are in order, so selection policies build on its store."""
+
+    def pack_layer(self, rows: Prefilled, room: Room, here: Here) -> Rows:
+        C = rows.k_BKSH.shape[2] + room.rows
+        B, K = rows.k_BKSH.shape[:2]
+        order = jnp.broadcast_to(pad_slots(rows.order_BS, C, 1, EMPTY)[:, None], (B, K, C))
+        k, v = pad_slots(rows.k_BKSH, C, 2), pad_slots(rows.v_BKSH, C, 2)
+        return Rows(k, v, order, rows.count_B, draft=empty_draft(k, room.draft))
+
+    def attend(self, q, k, v, ask: Flow, new: Flow, layer: Rows, accepted: Accepted | None, across, here: Here):
+        q, k = here.rotate(q, ask.angle_BT[:, :, None]), here.rotate(k, new.angle_BT[:, :, None])
+        layer = append(layer, k, v, new, accepted)
+        return read_rows(q, layer, ask, here), layer, across
+
+
+def append(layer: Rows, k_BTKH: jax.Array, v_BTKH: jax.Array, new: Flow, accepted: Accepted | None) -> Rows:
+    """This call's rows into an append-only store: certain rows to slots, draft rows aside after the accepted ones moved in."""
+    k, v = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
+    if new.among_BTT is None:
+        return write(layer, k, v, new.order_BT)
+    assert accepted is not None
+    return hold(commit(layer, accepted), k, v, new.order_BT)

@@ -1,0 +1,136 @@
+"""Budgets that differ by head, in memory that really shrinks: pages owned by heads, attended page by page.
+
+A layer's kept rows live in P pages of R rows; `owner_BP` names each page's kv head. Because AdaKV fixes the sum over heads, the
+number of pages is static although the split is data. Attention reads every page once with its owner's queries and combines pages
+by segment maximum and sum, so keys are never gathered and bytes read = sum of the budgets. Generated rows go to an ordinary store
+beside the pool, equal for all heads; the two partial results merge by log-sum-exp.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from tokeff.kernels import decode_attention, merge
+from tokeff.kv.budget import Spread, most_rows
+from tokeff.kv.cache import Room, Rows, empty_draft
+from tokeff.kv.keep import Keep
+from tokeff.kv.policy import Policy, Prefilled, append
+from tokeff.kv.read import read_draft
+from tokeff.models.attention import NEG, scores
+from tokeff.models.flow import EMPTY, Accepted, Flow, Here
+
+
+@struct.dataclass
+class Pool:
+    """Pages of kept rows. owner_BP = EMPTY for a page nobody needed; order_BPR = EMPTY for the unused end of a head's last page."""
+
+    k_BPRH: jax.Array
+    v_BPRH: jax.Array
+    order_BPR: jax.Array
+    owner_BP: jax.Array
+
+
+@struct.dataclass
+class Paged:
+    """A layer: what the prompt left (never written again) and what came after."""
+
+    pool: Pool
+    tail: Rows
+
+
+def pack_pool(rows: Prefilled, keep_BKS: jax.Array, P: int, R: int) -> Pool:
+    """Kept rows of each head into consecutive pages, in order. P must be at least the sum over heads of ceil(rows / R)."""
+    K = keep_BKS.shape[1]
+
+    def one(k_KSH, v_KSH, order_S, keep_KS):
+        pages = -(-keep_KS.sum(axis=1) // R)
+        start = jnp.cumsum(pages) - pages
+        nth = jnp.cumsum(keep_KS, axis=1) - 1
+        at = jnp.where(keep_KS, start[:, None] * R + nth, P * R + jnp.arange(keep_KS.size).reshape(keep_KS.shape)).reshape(-1)
+
+        def put(x_KSH):
+            flat = x_KSH.reshape(-1, x_KSH.shape[-1])
+            return jnp.zeros((P * R, flat.shape[1]), flat.dtype).at[at].set(flat, mode="drop", unique_indices=True).reshape(P, R, -1)
+
+        order = jnp.broadcast_to(order_S, keep_KS.shape).reshape(-1)
+        order = jnp.full(P * R, EMPTY, jnp.int32).at[at].set(order, mode="drop", unique_indices=True)
+        owner = jnp.searchsorted(jnp.cumsum(pages), jnp.arange(P), side="right")
+        return put(k_KSH), put(v_KSH), order.reshape(P, R), jnp.where(owner < K, owner, EMPTY).astype(jnp.int32)
+
+    return Pool(*jax.vmap(one)(rows.k_BKSH, rows.v_BKSH, rows.order_BS, keep_BKS))
+
+
+def read_pool(q_BTNH: jax.Array, pool: Pool, lo_BT: jax.Array, hi_BT: jax.Array, here: Here) -> tuple[jax.Array, jax.Array]:
+    """(out_BTNH, lse_BTN) over the pool: per-page softmax pieces, combined by owner."""
+    cfg, (B, T, N, H) = here.cfg, q_BTNH.shape
+    K, P = cfg.K, pool.owner_BP.shape[1]
+    q = jnp.moveaxis(q_BTNH.reshape(B, T, K, N // K, H), 2, 1)
+    safe = jnp.maximum(pool.owner_BP, 0)
+    q_BPTGH = jnp.take_along_axis(q, safe[:, :, None, None, None], axis=1)
+    logits = scores(jnp.moveaxis(q_BPTGH, 1, 2).reshape(B, T, P * (N // K), H), pool.k_BPRH, cfg.scale, cfg.softcap)
+    seen = (pool.order_BPR[:, :, None] >= lo_BT[:, None, :, None]) & (pool.order_BPR[:, :, None] <= hi_BT[:, None, :, None])
+    logits = jnp.where(seen[:, :, None], logits, NEG)  # (B, P, G, T, R)
+    segment = jnp.where(pool.owner_BP == EMPTY, K, pool.owner_BP)
+
+    def over_pages(reduce, x):
+        return jax.vmap(lambda x, s: reduce(x, s, num_segments=K + 1))(x, segment)[:, :K]
+
+    top_BKGT = over_pages(jax.ops.segment_max, jnp.maximum(logits.max(axis=-1), NEG))
+    top_BKGT = jnp.maximum(top_BKGT, NEG)  # a head that owns no page
+    mine = jnp.take_along_axis(top_BKGT, safe[:, :, None, None], axis=1)[..., None]
+    e = jnp.where(seen[:, :, None], jnp.exp(logits - mine), 0.0)
+    total = over_pages(jax.ops.segment_sum, e.sum(axis=-1))
+    out = over_pages(jax.ops.segment_sum, jnp.einsum("bpgtr,bprh->bpgth", e, pool.v_BPRH.astype(jnp.float32)))
+    out = out / jnp.maximum(total, 1e-37)[..., None]
+    lse = top_BKGT + jnp.log(jnp.maximum(total, 1e-37))
+    out = jnp.moveaxis(out, 3, 1).reshape(B, T, N, H).astype(q_BTNH.dtype)
+    return out, jnp.moveaxis(lse, 3, 1).reshape(B, T, N)
+
+
+@dataclass(frozen=True)
+class KeepByHead(Policy):
+    """`Keep`'s scores and protection with another division among the heads of a layer, held in a pool of pages of `page` rows."""
+
+    rule: Keep
+    spread: Spread = Spread()
+    page: int = 16
+
+    def needs(self):
+        return self.rule.needs()
+
+    def check(self, cfg, length: int) -> None:
+        self.rule.check(cfg, length)
+
+    def pack_layer(self, rows: Prefilled, room: Room, here: Here) -> Paged:
+        B, K, S, H = rows.k_BKSH.shape
+        M = most_rows(self.rule.budget, S)
+        keep = self.spread.keep(*self.rule.guarded(rows, here))
+        # Every head wastes less than one page: the sum of ceil(rows / R) is at most sum / R + K.
+        pool = pack_pool(rows, keep, math.ceil(K * M / self.page) + K, self.page)
+        zero = jnp.zeros((B, K, room.rows, H), rows.k_BKSH.dtype)
+        tail = Rows(zero, zero, jnp.full((B, K, room.rows), EMPTY, jnp.int32), jnp.zeros(B, jnp.int32))
+        return Paged(pool, tail.replace(draft=empty_draft(zero, room.draft)))
+
+    def attend(self, q, k, v, ask: Flow, new: Flow, layer: Paged, accepted: Accepted | None, across, here: Here):
+        q, k = here.rotate(q, ask.angle_BT[:, :, None]), here.rotate(k, new.angle_BT[:, :, None])
+        tail, lo, cfg = append(layer.tail, k, v, new, accepted), here.lo(ask.order_BT), here.cfg
+        out, lse = read_pool(q, layer.pool, lo, ask.hi_BT, here)
+        late = decode_attention(
+            q, tail.k_BKCH, tail.v_BKCH, tail.order_BKC, lo, ask.hi_BT, scale=cfg.scale, softcap=cfg.softcap
+        )
+        out, lse = merge(out, lse, *late)
+        if ask.among_BTT is not None:
+            out, lse = merge(out, lse, *read_draft(q, tail.draft, ask, here))
+        return out, layer.replace(tail=tail), across
+
+    def kept(self, layer: Paged) -> jax.Array:
+        """order_BKC with C = all slots of the pool and the tail; a slot of another head's page reads EMPTY."""
+        B, K, _ = layer.tail.order_BKC.shape
+        own = layer.pool.owner_BP[:, None] == jnp.arange(K)[None, :, None]
+        pages = jnp.where(own[..., None], layer.pool.order_BPR[:, None], EMPTY).reshape(B, K, -1)
+        return jnp.concatenate([pages, layer.tail.order_BKC], axis=-1)

@@ -1,0 +1,165 @@
+"""The dense prefill: every prompt row through the network once, leaving `Prefilled` layers that any policy can pack.
+
+Layers run one jitted call at a time, so a 30-layer model compiles one layer. A long prompt may come in chunks; each attends to what
+is there so far and nothing more. Several policies can share one prefill: ask for the union of their evidence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from tokeff.errors import UserError
+from tokeff.kernels import column_mass
+from tokeff.kv.policy import Ask, Policy, Prefilled
+from tokeff.models.attention import flash
+from tokeff.models.config import Config, Params
+from tokeff.models.flow import EMPTY, Accepted, Flow, Here
+from tokeff.models.transformer import Pass, block, embed, last_row, orders, project, rms_norm, unembed
+
+
+@dataclass(frozen=True)
+class Gather(Policy):
+    """The policy of a prefill: append this call's rows, attend causally, and gather the evidence asked for."""
+
+    evidence: tuple[Ask, ...] = ()
+
+    def attend(self, q, k, v, ask: Flow, new: Flow, layer: Prefilled, accepted: Accepted | None, across, here: Here):
+        cfg, before = here.cfg, layer.order_BS.shape[1]
+        q, k = here.rotate(q, ask.angle_BT[:, :, None]), here.rotate(k, new.angle_BT[:, :, None])
+        dtype = layer.k_BKSH.dtype
+        k = jnp.concatenate([layer.k_BKSH, k.swapaxes(1, 2).astype(dtype)], axis=2)
+        v = jnp.concatenate([layer.v_BKSH, v.swapaxes(1, 2).astype(dtype)], axis=2)
+        order = jnp.concatenate([layer.order_BS, new.order_BT], axis=1)
+        out, lse = flash(
+            q, k, v, here.lo(ask.order_BT), ask.hi_BT, order, scale=cfg.scale, softcap=cfg.softcap,
+            first=before if ask is new else None, window=here.window,
+        )  # fmt: skip
+        evidence = {a: self.gather(a, q, k, lse, order, ask, layer, here) for a in self.evidence}
+        return out, layer.replace(k_BKSH=k, v_BKSH=v, order_BS=order, evidence=evidence), across
+
+    def gather(self, want: Ask, q, k, lse, order_BS, ask: Flow, layer: Prefilled, here: Here) -> jax.Array:
+        """mass_BKS of one kind of evidence: what was there, plus what this call's queries add."""
+        weight = want.weight(ask.order_BT, layer.length_B)
+        row, T = ask.order_BT, q.shape[1]
+        if want.last is not None and want.last < T:  # only these rows of each sequence weigh anything
+            _, at = jax.lax.top_k(row, want.last)
+            q, lse = (jnp.take_along_axis(x, at.reshape(*at.shape, *(1,) * (x.ndim - 2)), axis=1) for x in (q, lse))
+            weight, row = jnp.take_along_axis(weight, at, axis=1), jnp.take_along_axis(row, at, axis=1)
+        B, K, S, _ = k.shape
+        stored = jnp.broadcast_to(order_BS[:, None], (B, K, S))
+        mass = column_mass(
+            q, k, lse, stored, here.lo(row), row, weight, scale=here.cfg.scale, softcap=here.cfg.softcap
+        )
+        before = layer.evidence.get(want)
+        return mass if before is None else mass.at[..., : before.shape[-1]].add(before)
+
+
+@struct.dataclass
+class Prompt:
+    """A prefilled batch: the layers, the text as given, and float32 logits after each prompt's last token.
+
+    next_B is the order of the row that comes next: `length_B`, less what a restarting pass left out.
+    """
+
+    layers: tuple[Prefilled, ...]
+    tokens_BT: jax.Array
+    length_B: jax.Array
+    next_B: jax.Array
+    logits_BV: jax.Array
+
+
+def alike(policy: Policy, cut: Pass | None, cfg: Config, layer: int) -> int:
+    """The first layer that compiles to the same program: same window and rope, same role in the policy, same side of the pass."""
+
+    def kind(i: int):
+        at = None if cut is None else (i > cut.layer) - (i < cut.layer)
+        return cfg.windows[i], cfg.rope_of(i), policy.role(i), at
+
+    return next(i for i in range(layer + 1) if kind(i) == kind(layer))
+
+
+@partial(jax.jit, static_argnames=("policy", "cut", "here"))
+def one_layer(w, flow, layer, accepted, across, *, policy, cut, here):
+    """`block`, compiled once for all layers that are alike."""
+    return block(w, flow, layer, accepted, across, policy=policy, cut=cut, here=here)
+
+
+def run_layers(params, cfg, flow, layers, *, policy, cut=None, upto: int | None = None):
+    """`stack`, one compiled call a layer: for long passes, where compiling L layers at once would cost more than it saves."""
+    out, across = list(layers), None
+    for i in range(cfg.L if upto is None else upto):
+        here = Here(alike(policy, cut, cfg, i), cfg)
+        flow, out[i], across = one_layer(
+            params.blocks[i], flow, layers[i], None, across, policy=policy, cut=cut, here=here
+        )
+    return flow, tuple(out)
+
+
+def blank(cfg: Config, B: int, length_B: jax.Array, dtype) -> tuple[Prefilled, ...]:
+    """L layers without rows."""
+    none = jnp.zeros((B, cfg.K, 0, cfg.H), dtype)
+    order = jnp.zeros((B, 0), jnp.int32)
+    return tuple(Prefilled(none, none, order, length_B, jnp.int32(i), {}) for i in range(cfg.L))
+
+
+def prefill(
+    params: Params,
+    cfg: Config,
+    tokens_BT: jax.Array,
+    length_B: jax.Array,
+    *,
+    evidence: tuple[Ask, ...] = (),
+    cut: Pass | None = None,
+    chunk: int | None = None,
+    dtype: str | None = None,
+) -> Prompt:
+    """Right-padded prompts through the network, in chunks of `chunk` tokens if given. See `Prompt`.
+
+    Raises UserError when a pass that ranks the whole prompt meets `chunk`.
+    """
+    if cut is not None and chunk is not None and chunk < tokens_BT.shape[1]:
+        raise UserError(f"{type(cut).__name__} ranks the whole prompt at layer {cut.layer}; drop chunk={chunk}")
+    text, given_B, dtype = tokens_BT, length_B, dtype or params.embed_VD.dtype
+    if cut is not None and cut.restart:
+        tokens_BT, length_B = restart(params, cfg, tokens_BT, length_B, cut, dtype)
+        cut = None
+    B, T = tokens_BT.shape
+    order = orders(length_B, T)
+    policy, layers, rows = Gather(tuple(evidence)), blank(cfg, B, length_B, dtype), []
+    for a in range(0, T, chunk or T):
+        part = slice(a, min(a + (chunk or T), T))
+        flow, layers = run_layers(
+            params, cfg, embed(params, cfg, tokens_BT[:, part], order[:, part]), layers, policy=policy, cut=cut
+        )
+        rows.append((flow.order_BT.max(axis=1), last_row(flow)))
+    which = jnp.argmax(jnp.stack([r[0] for r in rows]), axis=0)  # the chunk that holds each sequence's last row
+    x = jnp.take_along_axis(jnp.stack([r[1] for r in rows]), which[None, :, None, None], axis=0)[0]
+    return Prompt(layers, text, given_B, length_B, _logits(params, cfg, x))
+
+
+@partial(jax.jit, static_argnames="cfg")
+def _logits(params, cfg, x_B1D):
+    return unembed(params, cfg, x_B1D)[:, 0]
+
+
+def restart(params, cfg, tokens_BT, length_B, cut: Pass, dtype) -> tuple[jax.Array, jax.Array]:
+    """(tokens_BM, length_B) of the rows that a restarting pass keeps: only the layers below it run."""
+    B, T = tokens_BT.shape
+    flow = embed(params, cfg, tokens_BT, orders(length_B, T))
+    flow, _ = run_layers(params, cfg, flow, blank(cfg, B, length_B, dtype), policy=Gather(), upto=cut.layer)
+    index = _choose(params.blocks[cut.layer], flow, cut=cut, here=Here(cut.layer, cfg))
+    # Missing rows (short prompts of the batch) move to the end, so that the kept tokens are a right-padded prompt again.
+    index = jnp.take_along_axis(index, jnp.argsort(index == EMPTY, axis=1, stable=True), axis=1)
+    tokens = jnp.take_along_axis(tokens_BT, jnp.maximum(index, 0), axis=1)
+    return tokens, (index != EMPTY).sum(axis=1, dtype=jnp.int32)
+
+
+@partial(jax.jit, static_argnames=("cut", "here"))
+def _choose(w, flow, *, cut, here):
+    q, k, _ = project(w, here.cfg, rms_norm(flow.x_BTD, w.attn_norm_D, here.cfg.eps))
+    return cut.choose(q, k, flow, here)

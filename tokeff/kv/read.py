@@ -1,0 +1,33 @@
+"""Reading a store: stored rows through the decode-attention kernel, draft rows beside them, merged by log-sum-exp."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from tokeff.kernels import decode_attention, merge
+from tokeff.kv.cache import Draft, Rows, among
+from tokeff.models.attention import combine, scores, softmax
+from tokeff.models.flow import Flow, Here
+
+
+def read_draft(q_BTNH: jax.Array, draft: Draft, ask: Flow, here: Here) -> tuple[jax.Array, jax.Array]:
+    """(out_BTNH, lse_BTN) of draft queries over the draft rows of the same call that they descend from."""
+    cfg = here.cfg
+    seen = among(ask, here.lo(ask.order_BT))[:, None, None]
+    p, lse = softmax(scores(q_BTNH, draft.k_BKWH, cfg.scale, cfg.softcap), seen)
+    B, K, G, T = lse.shape
+    return combine(p, draft.v_BKWH), jnp.moveaxis(lse, 3, 1).reshape(B, T, K * G)
+
+
+def read_rows(q_BTNH: jax.Array, layer: Rows, ask: Flow, here: Here, pages: jax.Array | None = None) -> jax.Array:
+    """out_BTNH over the store (or over its slots named in pages_BKM) and, in a draft call, over the drafts."""
+    cfg = here.cfg
+    out, lse = decode_attention(
+        q_BTNH, layer.k_BKCH, layer.v_BKCH, layer.order_BKC, here.lo(ask.order_BT), ask.hi_BT,
+        page_BKM=pages, scale=cfg.scale, softcap=cfg.softcap,
+    )  # fmt: skip
+    if ask.among_BTT is not None:
+        assert layer.draft is not None
+        out, _ = merge(out, lse, *read_draft(q_BTNH, layer.draft, ask, here))
+    return out

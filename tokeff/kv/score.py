@@ -1,0 +1,121 @@
+"""Seam 2: what a row is worth keeping for. A scorer is a frozen dataclass; higher = keep.
+
+`first` scores the rows of a prefill from the evidence the scorer asked for. `later` scores the slots of a cache during decoding,
+for policies that evict throughout; scorers whose rule exists only at the end of a prompt do not have it (`running` is False).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from tokeff.kv.cache import Rows
+from tokeff.kv.policy import Ask, Prefilled
+from tokeff.models.flow import Here
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Base class. `mass` says that a running scorer wants the attention mass that each decode step adds."""
+
+    running: ClassVar[bool] = False
+    mass: ClassVar[bool] = False
+
+    def needs(self) -> tuple[Ask, ...]:
+        return ()
+
+    def first(self, rows: Prefilled, here: Here) -> jax.Array:
+        """score_BKS of prefilled rows; padding may hold anything."""
+        raise NotImplementedError
+
+    def later(self, layer: Rows, here: Here) -> jax.Array:
+        """score_BKC of cache slots; free slots may hold anything."""
+        raise NotImplementedError(f"{type(self).__name__} scores only at the end of the prompt")
+
+
+@dataclass(frozen=True)
+class Recency(Scorer):
+    """The newest rows win: recent-only baseline, StreamingLLM."""
+
+    running: ClassVar[bool] = True
+
+    def first(self, rows: Prefilled, here: Here) -> jax.Array:
+        B, K, S, _ = rows.k_BKSH.shape
+        return jnp.broadcast_to(rows.order_BS[:, None].astype(jnp.float32), (B, K, S))
+
+    def later(self, layer: Rows, here: Here) -> jax.Array:
+        return layer.order_BKC.astype(jnp.float32)
+
+
+@dataclass(frozen=True)
+class Chance(Scorer):
+    """Random rows, the baseline every ranking must beat. A hash of (seed, layer, head, order): the same row scores the same
+    in any batch and on any mesh."""
+
+    seed: int = 0
+
+    def first(self, rows: Prefilled, here: Here) -> jax.Array:
+        B, K, S, _ = rows.k_BKSH.shape
+        order = jnp.broadcast_to(rows.order_BS[:, None], (B, K, S)).astype(jnp.uint32)
+        head = jnp.arange(K, dtype=jnp.uint32)[None, :, None]
+        x = order * jnp.uint32(0x9E3779B1) + head * jnp.uint32(0x85EBCA77)
+        x = x ^ (jnp.uint32(self.seed * 0xC2B2AE3D & 0xFFFFFFFF) + rows.index.astype(jnp.uint32) * jnp.uint32(0x27D4EB2F))
+        for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):  # lowbias32 (Wellons 2018): a full-avalanche mixer
+            x = (x ^ (x >> shift)) * jnp.uint32(factor)
+        return ((x ^ (x >> 16)) >> 8).astype(jnp.float32)
+
+
+@dataclass(frozen=True)
+class Mass(Scorer):
+    """Accumulated attention: the column sum of A over every query so far, summed over the group (Zhang et al. 2023, H2O,
+    eq. for F_score in sec. 4). Early rows were seen by more queries; H2O lets that stand, and so do we."""
+
+    running: ClassVar[bool] = True
+    mass: ClassVar[bool] = True
+
+    def needs(self) -> tuple[Ask, ...]:
+        return (Ask(),)
+
+    def first(self, rows: Prefilled, here: Here) -> jax.Array:
+        return rows.evidence[Ask()]
+
+    def later(self, layer: Rows, here: Here) -> jax.Array:
+        assert layer.mass_BKC is not None
+        return layer.mass_BKC
+
+
+@dataclass(frozen=True)
+class WindowMass(Scorer):
+    """SnapKV (Li et al. 2024, sec. 4): attention mass from the last `window` queries, pooled over neighbours.
+
+    The paper pools per query head and keeps per query head; here the G heads of a group are summed first, so the cache stays at
+    kv-head size. Average pooling commutes with that sum; max pooling does not, and is then taken over the sum.
+    """
+
+    window: int = 64
+    kernel: int = 5
+    pool: str = "avg"
+
+    def needs(self) -> tuple[Ask, ...]:
+        return (Ask(last=self.window),)
+
+    def first(self, rows: Prefilled, here: Here) -> jax.Array:
+        # Rows inside the window are kept anyway and must not lend their own large mass to neighbours outside it.
+        n_B = rows.count_B[:, None]
+        outside = (rows.order_BS < n_B - self.window)[:, None]
+        return pool(jnp.where(outside, rows.evidence[Ask(last=self.window)], 0.0), self.kernel, self.pool)
+
+
+def pool(x_BKS: jax.Array, kernel: int, kind: str) -> jax.Array:
+    """1-D pooling over the last axis, stride 1, zero padding kernel // 2 (torch's avg_pool1d counts the padding too)."""
+    if kernel == 1:
+        return x_BKS
+    size, pads = (1, 1, kernel), ((0, 0), (0, 0), (kernel // 2, (kernel - 1) // 2))
+    if kind == "max":
+        return jax.lax.reduce_window(x_BKS, -jnp.inf, jax.lax.max, size, (1, 1, 1), pads)
+    if kind != "avg":
+        raise ValueError(f"unknown pooling {kind!r}; use 'avg' or 'max'")
+    return jax.lax.reduce_window(x_BKS, 0.0, jax.lax.add, size, (1, 1, 1), pads) / kernel

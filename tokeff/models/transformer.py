@@ -1,0 +1,149 @@
+"""The decoder as pure functions: `embed`, `stack` (a loop over `block`), `unembed`.
+
+`stack` owns the loop over layers and knows nothing about any method. A layer's cache policy decides what its rows attend to
+(`Policy.attend`), and a pass decides which rows go on (`Pass.choose`). See docs/design.md.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from tokeff.models.config import Block, Config, Params
+from tokeff.models.flow import EMPTY, Accepted, Flow, Here
+
+
+class Attends(Protocol):
+    """The part of a cache policy that a block calls (the whole of it: `tokeff.kv.policy.Policy`)."""
+
+    def attend(
+        self,
+        q_BTNH: jax.Array,
+        k_BTKH: jax.Array,
+        v_BTKH: jax.Array,
+        ask: Flow,
+        new: Flow,
+        layer: Any,
+        accepted: Accepted | None,
+        across: Any,
+        here: Here,
+    ) -> tuple[jax.Array, Any, Any]: ...
+
+
+class Pass(Protocol):
+    """Which rows go on through the network from `layer` upwards (`tokeff.reduce`)."""
+
+    layer: int
+
+    def choose(self, q_BTNH: jax.Array, k_BTKH: jax.Array, flow: Flow, here: Here) -> jax.Array: ...
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """Root-mean-square norm over the last axis, in float32 (Zhang & Sennrich 2019)."""
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+    return (y * weight.astype(jnp.float32)).astype(x.dtype)
+
+
+def embed(params: Params, cfg: Config, tokens_BT: jax.Array, order_BT: jax.Array, angle_BT: jax.Array | None = None) -> Flow:
+    """Certain rows from token ids. Rows whose order is EMPTY are padding; their id may be anything in range."""
+    x = params.embed_VD[jnp.maximum(tokens_BT, 0)]
+    if cfg.embed_scale != 1.0:
+        x = x * jnp.asarray(cfg.embed_scale, x.dtype)
+    angle = order_BT if angle_BT is None else angle_BT
+    return Flow(x, order_BT, jnp.maximum(angle, 0), order_BT)
+
+
+def unembed(params: Params, cfg: Config, x_BMD: jax.Array) -> jax.Array:
+    """float32 logits_BMV of the rows asked for."""
+    x = rms_norm(x_BMD, params.norm_D, cfg.eps)
+    head = params.embed_VD if params.head_VD is None else params.head_VD
+    logits = jnp.einsum("bmd,vd->bmv", x, head, preferred_element_type=jnp.float32)
+    return cfg.final_softcap * jnp.tanh(logits / cfg.final_softcap) if cfg.final_softcap else logits
+
+
+def project(w: Block, cfg: Config, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Unrotated q_BTNH, k_BTKH, v_BTKH of normed input rows."""
+    q = jnp.einsum("btd,nhd->btnh", x_BTD, w.q_NHD)
+    k = jnp.einsum("btd,khd->btkh", x_BTD, w.k_KHD)
+    v = jnp.einsum("btd,khd->btkh", x_BTD, w.v_KHD)
+    if w.q_bias_NH is not None:
+        q, k, v = q + w.q_bias_NH, k + w.k_bias_KH, v + w.v_bias_KH
+    if w.q_norm_H is not None and w.k_norm_H is not None:
+        q, k = rms_norm(q, w.q_norm_H, cfg.eps), rms_norm(k, w.k_norm_H, cfg.eps)
+    return q, k, v
+
+
+def feed_forward(w: Block, cfg: Config, x_BTD: jax.Array) -> jax.Array:
+    """Gated feed-forward: down(act(gate x) * up x)."""
+    gate = jnp.einsum("btd,fd->btf", x_BTD, w.gate_FD)
+    act = jax.nn.silu(gate) if cfg.act == "silu" else jax.nn.gelu(gate, approximate=True)
+    return jnp.einsum("btf,df->btd", act * jnp.einsum("btd,fd->btf", x_BTD, w.up_FD), w.down_DF)
+
+
+def block(
+    w: Block,
+    flow: Flow,
+    layer: Any,
+    accepted: Accepted | None,
+    across: Any,
+    *,
+    policy: Attends,
+    cut: Pass | None,
+    here: Here,
+) -> tuple[Flow, Any, Any]:
+    """One layer. With a `cut` at this layer every row writes its key and value, and only chosen rows ask and go on."""
+    cfg = here.cfg
+    q, k, v = project(w, cfg, rms_norm(flow.x_BTD, w.attn_norm_D, cfg.eps))
+    ask = flow
+    if cut is not None and cut.layer == here.layer:
+        index_BM = cut.choose(q, k, flow, here)
+        ask = flow.take(index_BM)
+        q = jnp.take_along_axis(q, jnp.maximum(index_BM, 0)[..., None, None], axis=1)
+    out, layer, across = policy.attend(q, k, v, ask, flow, layer, accepted, across, here)
+    mixed = jnp.einsum("btnh,dnh->btd", out, w.o_DNH)
+    if w.post_attn_norm_D is not None:
+        mixed = rms_norm(mixed, w.post_attn_norm_D, cfg.eps)
+    x = ask.x_BTD + mixed
+    y = feed_forward(w, cfg, rms_norm(x, w.ffn_norm_D, cfg.eps))
+    if w.post_ffn_norm_D is not None:
+        y = rms_norm(y, w.post_ffn_norm_D, cfg.eps)
+    return ask.replace(x_BTD=x + y), layer, across
+
+
+def stack(
+    params: Params,
+    cfg: Config,
+    flow: Flow,
+    layers: tuple[Any, ...],
+    *,
+    policy: Attends,
+    accepted: Accepted | None = None,
+    cut: Pass | None = None,
+    run: tuple[int, ...] | None = None,
+) -> tuple[Flow, tuple[Any, ...]]:
+    """Every row through the layers named in `run` (all by default); returns the rows that reach the top and the new caches.
+
+    `across` starts empty on every call and is handed from layer to layer: what a policy puts there (a selection, say) the
+    layers above may use.
+    """
+    out, across = list(layers), None
+    for i in range(cfg.L) if run is None else run:
+        flow, out[i], across = block(
+            params.blocks[i], flow, layers[i], accepted, across, policy=policy, cut=cut, here=Here(i, cfg)
+        )
+    return flow, tuple(out)
+
+
+def last_row(flow: Flow) -> jax.Array:
+    """x_B1D of each sequence's row with the largest order."""
+    at = jnp.argmax(flow.order_BT, axis=1)
+    return jnp.take_along_axis(flow.x_BTD, at[:, None, None], axis=1)
+
+
+def orders(length_B: jax.Array, T: int) -> jax.Array:
+    """order_BT of right-padded prompts: 0, 1, ... and EMPTY from each length on."""
+    t = jnp.arange(T, dtype=jnp.int32)[None]
+    return jnp.where(t < length_B[:, None], t, EMPTY)

@@ -1,0 +1,175 @@
+"""The report page of a run: one file, nothing loaded from elsewhere, no scripts, everything escaped."""
+
+import base64
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jinja2
+
+from tokeff.report import kept as kept_file
+from tokeff.report.folder import RunFolder
+from tokeff.report.kept import Kept
+from tokeff.report.plots import Image
+from tokeff.report.table import MISSING, NOT_BETTER, Table, clean, digits, number, within_budget
+
+LEVELS = 10
+IN_NAME = ("method", "family", "lossless", "note")
+"""Columns shown under the method's name, to keep the table narrow."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Fact:
+    """One thing to know first: a figure, what it is, and the fine print."""
+
+    figure: str
+    what: str
+    detail: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """A line of the table: the method's name with what stands under it, and (value, interval) of every other cell."""
+
+    name: str
+    kind: str
+    note: str
+    look: str
+    cells: tuple[tuple[str, str], ...]
+
+    @classmethod
+    def of(cls, row: dict[str, Any], table: Table, texts: Sequence[str]) -> "Line":
+        """Return the line of one row; baselines and rows no better than random look different."""
+        named = {column.name: text for column, text in zip(table.columns, texts)}
+        kind = " · ".join(named[k] for k in ("family", "lossless") if named.get(k, MISSING) != MISSING)
+        weak = "weak" if row.get("beats_random") is False else ""
+        rest = [text.partition(" [") for name, text in named.items() if name not in IN_NAME]
+        cells = tuple((value, mark.strip() + interval) for value, mark, interval in rest)
+        note = named.get("note", MISSING)
+        return cls(named["method"], kind, "" if note == MISSING else note,
+                   "baseline" if row.get("family") == "baseline" else weak, cells)  # fmt: skip
+
+
+def render(
+    folder: RunFolder,
+    rows: Sequence[dict[str, Any]],
+    table: Table,
+    images: Sequence[Image],
+    kept: Sequence[tuple[str, Kept]],
+) -> str:
+    """Return the page for the rows of a run."""
+    loader = jinja2.PackageLoader("tokeff.report", ".")
+    page = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
+                              lstrip_blocks=True).get_template("report.html.j2")  # fmt: skip
+    config, environment = folder.config(), folder.environment()
+    return page.render(
+        name=config.get("experiment", {}).get("name", folder.path.name),
+        about=config.get("about", ""),
+        subtitle=config.get("about", "").partition("\n")[0],
+        command=environment.get("command", ""),
+        commit=environment.get("commit"),
+        facts=facts(rows),
+        warnings=warnings(rows),
+        table=table,
+        columns=[column for column in table.columns if column.name not in IN_NAME],
+        lines=[Line.of(row, table, cells) for row, cells in zip(rows, table.cells)],
+        images=[(image.title, image.wide, base64.b64encode(image.png).decode()) for image in images],
+        texts=[(clean(name), _kept_share(what), kept_file.pieces(what, LEVELS)) for name, what in kept],
+        levels=LEVELS,
+        config_text=folder.config_text(),
+        environment={k: v for k, v in environment.items() if v not in (None, "")},
+        seconds=sum(number(row.get("measured_s")) or 0 for row in rows),
+    )
+
+
+def _kept_share(kept: Kept) -> str:
+    """Return how much of the prompt was kept, over all layers and heads."""
+    return f"{100 * kept.share_LS().mean():.1f}% of (token, layer, head)"
+
+
+def facts(rows: Sequence[dict[str, Any]]) -> list[Fact]:
+    """Return what a reader should know first, at the longest context; only what the rows can say."""
+    longest = max((number(row.get("context")) or 0.0 for row in rows), default=0.0)
+    rows = [row for row in rows if (number(row.get("context")) or 0.0) == longest]
+    full = next((row for row in rows if row["method"] == "full"), {})
+    compared = [row for row in rows if row.get("family") != "baseline"]
+    found = [_full(full), _closest(compared), _smallest(compared), _fastest(compared, full), _weak(compared)]
+    return [fact for fact in found if fact is not None]
+
+
+def _full(full: dict[str, Any]) -> Fact | None:
+    needles, n, speed = (number(full.get(k)) for k in ("needles_exact", "n", "decode_tok_s"))
+    if needles is None and speed is None:
+        return None
+    parts = [f"{needles:g} of {n:g} needles" if needles is not None and n else "", _speed(speed)]
+    context = number(full.get("context"))
+    return Fact(", ".join(filter(None, parts)), "full cache" + (f", {context:g} tokens of context" if context else ""),
+                "what every method is compared with")  # fmt: skip
+
+
+def _speed(speed: float | None) -> str:
+    return f"{digits(speed)} tok/s" if speed is not None else ""
+
+
+def _closest(rows: Sequence[dict[str, Any]]) -> Fact | None:
+    """Return the lossy row with the smallest KL to the full cache."""
+    best = _least([row for row in rows if row.get("lossless") is False and within_budget(row)], "kl")
+    if best is None:
+        return None
+    detail = f"KL {digits(number(best['kl']) or 0.0)} nats{_bytes(best)}"
+    return Fact(clean(best["method"]), "closest to the full cache of the lossy methods within budget", detail)
+
+
+def _smallest(rows: Sequence[dict[str, Any]]) -> Fact | None:
+    """Return the row that answered every needle while holding the fewest bytes."""
+    every = [row for row in rows if number(row.get("n")) and number(row.get("needles_exact")) == number(row.get("n"))]
+    best = _least([row for row in every if (number(row.get("held")) or 1.0) < 0.99], "held")
+    if best is None:
+        return None
+    return Fact(clean(best["method"]), "fewest bytes held with every needle answered", f"n={best['n']}{_bytes(best)}")
+
+
+def _fastest(rows: Sequence[dict[str, Any]], full: dict[str, Any]) -> Fact | None:
+    """Return the fastest lossless row as a ratio of the full cache's speed."""
+    base = number(full.get("decode_tok_s"))
+    timed = [row for row in rows if row.get("lossless") is True and number(row.get("decode_tok_s"))]
+    if not base or not timed:
+        return None
+    best = max(timed, key=lambda row: number(row["decode_tok_s"]) or 0.0)
+    speed = number(best["decode_tok_s"]) or 0.0
+    return Fact(f"{speed / base:.2f}x", f"decoding speed of {clean(best['method'])}, the fastest lossless method",
+                f"{digits(speed)} against {digits(base)} tok/s")  # fmt: skip
+
+
+def _weak(rows: Sequence[dict[str, Any]]) -> Fact | None:
+    """Return how many methods the random baseline holds its own against."""
+    judged = [row for row in rows if isinstance(row.get("beats_random"), bool)]
+    weak = list(dict.fromkeys(clean(row["method"]) for row in judged if not row["beats_random"]))
+    return Fact(f"{len(weak)} of {len({row['method'] for row in judged})}", f"methods marked {NOT_BETTER}",
+                ", ".join(weak) or "all beat random rows at the same budget") if judged else None  # fmt: skip
+
+
+def _least(rows: Sequence[dict[str, Any]], name: str) -> dict[str, Any] | None:
+    """Return the row with the smallest number in a column, or None when none has one."""
+    having = [row for row in rows if number(row.get(name)) is not None]
+    return min(having, key=lambda row: number(row[name]) or 0.0) if having else None
+
+
+def _bytes(row: dict[str, Any]) -> str:
+    """Return the ratio the row is budgeted by, for fine print."""
+    name = "read" if row.get("budgeted_by") == "read" else "held"
+    value = number(row.get(name))
+    return "" if value is None else f", {100 * value:.1f}% of the bytes {name}"
+
+
+def warnings(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Return what weakens the comparison."""
+    commits = {row.get("commit") for row in rows}
+    told = []
+    if len(commits) > 1:
+        told.append(f"The rows were measured at {len(commits)} commits: rerun with --fresh to compare them.")
+    if any(row.get("commit") and row.get("dirty") for row in rows):
+        told.append("Some rows were measured with uncommitted changes: the commit does not say which code made them.")
+    if None in commits:
+        told.append("The commit is unknown: this copy of tokeff was not run from a checkout.")
+    return told
