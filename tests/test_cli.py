@@ -68,12 +68,12 @@ def tiny(tmp_path, monkeypatch):
 @pytest.fixture
 def listing(monkeypatch):
     """Stand in for the list of methods."""
-    fields = ("name", "family", "paper", "lossless", "trained", "config", "bibtex", "make")
-    one = types.SimpleNamespace(
-        **dict(zip(fields, ("SnapKV", "kv", "SnapKV [a]", False, False, "snapkv()", "@x{y}\n", None)))
-    )
+    paper = types.SimpleNamespace(title="SnapKV [a]", bibtex=lambda: "@x{y}")
+    fields = ("name", "family", "paper", "lossless", "trained", "config")
+    rows = (("SnapKV", "kv", paper, False, False, "snapkv.py"), ("Full", "baseline", None, True, False, "full.py"))
+    named = [types.SimpleNamespace(**dict(zip(fields, row))) for row in rows]
     module = types.ModuleType("tokeff.listing")
-    module.methods = lambda: [one]
+    module.methods = lambda: tuple(named)
     monkeypatch.setitem(sys.modules, "tokeff.listing", module)
     monkeypatch.setattr(sys.modules["tokeff"], "listing", module, raising=False)
 
@@ -175,8 +175,10 @@ def test_methods(capsys, listing):
     assert "SnapKV [a]" in capsys.readouterr().out
     assert cli.main(["methods", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
-    assert rows == [{"name": "SnapKV", "family": "kv", "paper": "SnapKV [a]", "lossless": False, "trained": False,
-                     "config": "snapkv()"}]  # fmt: skip
+    promised = {"name": "SnapKV", "family": "kv", "paper": "SnapKV [a]", "lossless": False, "trained": False}
+    assert rows[0] == {**promised, "config": "snapkv.py"}
+    assert rows[1]["paper"] is None
+    assert "Full has no paper" in refused(capsys, "methods", "--bibtex", "Full")
     assert cli.main(["methods", "--bibtex", "SnapKV"]) == 0
     assert capsys.readouterr().out == "@x{y}\n"
 
@@ -264,7 +266,8 @@ def test_help_lists_the_fields(tiny, capsys):
 
 def test_nothing_heavy_is_imported_for_help():
     """`methods --help` and `--version` are quick, and `python -m tokeff` works."""
-    code = "import sys, tokeff.cli; bad = {'jax', 'numpy', 'matplotlib', 'rich', 'tyro'} & set(sys.modules); sys.exit(str(bad) * bool(bad))"
+    heavy = "{'jax', 'numpy', 'matplotlib', 'rich', 'tyro'}"
+    code = f"import sys, tokeff.cli; sys.exit(', '.join({heavy} & set(sys.modules)) or 0)"
     for command in (["-c", code], ["-m", "tokeff", "--version"], ["-m", "tokeff", "methods", "--help"]):
         done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr

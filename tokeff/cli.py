@@ -140,10 +140,15 @@ def _methods(known: argparse.Namespace, rest: list[str], args: list[str]) -> Non
     if known.bibtex is not None:
         if known.bibtex not in methods:
             raise UserError(f"no method {known.bibtex!r}; {nearest(known.bibtex, methods)}")
-        print(methods[known.bibtex].bibtex.strip())
+        paper = methods[known.bibtex].paper
+        if paper is None:
+            raise UserError(f"{known.bibtex} has no paper; choose a method that `tokeff methods` shows with one")
+        print(paper.bibtex())
         return
-    fields = ("name", "family", "paper", "lossless", "trained", "config")
-    rows = [{field: getattr(method, field) for field in fields} for method in methods.values()]
+    fields = ("name", "family", "lossless", "trained", "config")
+    rows = [
+        {**{f: getattr(m, f) for f in fields}, "paper": m.paper.title if m.paper else None} for m in methods.values()
+    ]
     if known.json:
         print(json.dumps(rows, indent=2, ensure_ascii=False))
         return
@@ -160,7 +165,8 @@ def _print_methods(rows: list[dict[str, Any]]) -> None:
     drawn = Table("name", "family", "output", "trained", "paper", box=box.SIMPLE_HEAD, pad_edge=False)
     for row in rows:
         output = "lossless" if row["lossless"] else "lossy"
-        drawn.add_row(*map(Text, (row["name"], row["family"], output, "yes" if row["trained"] else "no", row["paper"])))
+        trained = "yes" if row["trained"] else "no"
+        drawn.add_row(*map(Text, (row["name"], row["family"], output, trained, row["paper"] or "—")))
     Console().print(drawn)
 
 

@@ -24,6 +24,7 @@ import inspect
 import pathlib
 import pprint
 import re
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -102,6 +103,7 @@ def _import(file: pathlib.Path):
     spec = importlib.util.spec_from_file_location(f"tokeff_config_{file.stem}", file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # classes defined in the file look their module up
     try:
         spec.loader.exec_module(module)
     except SyntaxError as error:

@@ -19,6 +19,7 @@ from tokeff.kv.policy import Ask, Full, Policy
 from tokeff.kv.prefill import Prompt, prefill
 from tokeff.models.load import Model
 from tokeff.reduce.prune import LastRowTopK
+from tokeff.sharding import beside, follow
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def encode(m: Model, prompts: str | Sequence[str] | Sequence[Sequence[int]]) -> 
     items = [prompts] if isinstance(prompts, str) else list(prompts)
     if not items:
         raise UserError("no prompts; give a string, a list of strings, or a list of token lists")
-    return [list(m.tokenizer.encode(p).ids) if isinstance(p, str) else [int(t) for t in p] for p in items]
+    return [m.tokenizer.encode(p) if isinstance(p, str) else [int(t) for t in p] for p in items]
 
 
 def pad(ids: Sequence[Sequence[int]], T: int | None = None) -> tuple[jax.Array, jax.Array]:
@@ -88,14 +89,21 @@ def pad(ids: Sequence[Sequence[int]], T: int | None = None) -> tuple[jax.Array, 
 def read(m: Model, ids, setup: Setup, *, chunk: int | None = None, evidence: tuple[Ask, ...] = ()) -> Prompt:
     """Prefill these prompts, gathering what the policy needs (and what else is asked for)."""
     tokens, length = pad(ids)
+    given = follow(m.params, {"tokens_BT": tokens, "length_B": length})
     wanted = tuple(dict.fromkeys((*setup.kv.needs(), *evidence)))
-    return prefill(m.params, m.cfg, tokens, length, evidence=wanted, cut=setup.cut, chunk=chunk, dtype=m.precision.cache)
+    with beside(m.params):
+        return prefill(
+            m.params, m.cfg, given["tokens_BT"], given["length_B"],
+            evidence=wanted, cut=setup.cut, chunk=chunk, dtype=m.precision.cache,
+        )  # fmt: skip
 
 
 def start(m: Model, prompt: Prompt, setup: Setup, new: int, seed: int = 0, eos: tuple[int, ...] = ()) -> Decoding:
     """Pack the prompt under the policy and draw the first token."""
-    layers = pack(setup.kv, prompt.layers, setup.room(new), m.cfg)
-    return decoding(layers, prompt.tokens_BT, prompt.length_B, prompt.next_B, prompt.logits_BV, setup, new, seed, eos)
+    with beside(m.params):
+        layers = pack(setup.kv, prompt.layers, setup.room(new), m.cfg)
+        s = decoding(layers, prompt.tokens_BT, prompt.length_B, prompt.next_B, prompt.logits_BV, setup, new, seed, eos)
+    return follow(m.params, s)
 
 
 def decoding(layers, tokens_BT, length_B, next_B, logits_BV, setup: Setup, new: int, seed: int, eos: tuple[int, ...]) -> Decoding:
@@ -109,7 +117,8 @@ def decoding(layers, tokens_BT, length_B, next_B, logits_BV, setup: Setup, new: 
 
 def go(m: Model, s: Decoding, setup: Setup, steps: int, eos: tuple[int, ...]) -> Decoding:
     """At most `steps` more passes. Consumes `s`."""
-    return run(m.params, m.cfg, s, jnp.int32(steps), policy=setup.kv, drafter=setup.decode, how=setup.sampling, eos=eos)
+    with beside(m.params):
+        return run(m.params, m.cfg, s, jnp.int32(steps), policy=setup.kv, drafter=setup.decode, how=setup.sampling, eos=eos)
 
 
 def new_tokens(s: Decoding) -> list[list[int]]:

@@ -34,9 +34,7 @@ def refusal(q_BTNH, k_BKCH, v_BKCH, order_BKC, lo_BT, hi_BT, page_BKM=None, *, p
     return None
 
 
-def run(
-    q_BTNH, k_BKCH, v_BKCH, order_BKC, lo_BT, hi_BT, page_BKM=None, *, page_size, scale, softcap, interpret=False
-):
+def run(q_BTNH, k_BKCH, v_BKCH, order_BKC, lo_BT, hi_BT, page_BKM=None, *, page_size, scale, softcap, interpret=False):
     """Same contract as the public op, for calls that `refusal` accepts. interpret: as of `pl.pallas_call`."""
     (B, T, N, H), (K, C) = q_BTNH.shape, order_BKC.shape[1:]
     R = max(16, pl.next_power_of_2(T * N // K))  # Triton blocks are powers of two, its products at least 16 wide

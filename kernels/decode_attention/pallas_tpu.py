@@ -47,9 +47,7 @@ def refusal(q_BTNH, k_BKCH, v_BKCH, order_BKC, lo_BT, hi_BT, page_BKM=None, *, p
     return None
 
 
-def run(
-    q_BTNH, k_BKCH, v_BKCH, order_BKC, lo_BT, hi_BT, page_BKM=None, *, page_size, scale, softcap, interpret=False
-):
+def run(q_BTNH, k_BKCH, v_BKCH, order_BKC, lo_BT, hi_BT, page_BKM=None, *, page_size, scale, softcap, interpret=False):
     """Same contract as the public op, for calls that `refusal` accepts. interpret: as of `pl.pallas_call`."""
     (B, T, N, H), K = q_BTNH.shape, k_BKCH.shape[1]
     R = round_up(T * N // K, _sublanes(q_BTNH.dtype))

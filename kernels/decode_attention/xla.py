@@ -1,13 +1,13 @@
 """decode_attention in jax.numpy that XLA compiles well on any platform.
 
-On CPU a decode step is bound by reading K and V once, so three things are shaped by measurements there:
+On CPU a decode step is bound by reading K and V once, and its form follows measurements there:
 
 - K and V are operands of a matrix product exactly as stored: any transpose or select of them is a full-cache copy
-  (a select of V takes 3-4 times as long as the attention itself). K stands on the left of its product, which XLA:CPU
-  runs 15-40% faster at few rows than K on the right.
+  (a select of V takes 3-4 times as long as the attention itself). With few rows K stands on the left of its product,
+  which is 15-40% faster; with many, on the right, so that the scores need no transpose.
 - A slot nobody may see can hold NaN, and 0 * NaN is NaN. On CPU the product therefore runs on V as it is, and is done
   again on a cleaned V only if something non-finite came out (a `cond` that never fires on a healthy cache).
-- Queries run in blocks of T so that the scores of one block stay under `SCORE_BYTES`.
+- Queries run in blocks of T whose scores about fit the caches of a core, so memory does not grow with T.
 
 Selected pages are gathered to a compact copy first: that reads the selected rows, and writes and rereads the copy.
 """
@@ -17,7 +17,11 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-SCORE_BYTES = 64 * 2**20
+from tokeff.kernels.rows import head_rows, token_rows, tokens
+
+FEW_ROWS = 24  # query rows a kv head up to which K stands on the left
+BLOCK_ROWS = 96  # query rows a kv head that a block of T has at least, so that K is not reread too often
+BLOCK_SCORES = 2**21  # scores of a block, where more rows than that fit: 8 MiB
 
 
 def run(q_BTNH, k_BKCH, v_BKCH, order_BKC, lo_BT, hi_BT, page_BKM=None, *, page_size, scale, softcap, clean=False):
@@ -27,7 +31,7 @@ def run(q_BTNH, k_BKCH, v_BKCH, order_BKC, lo_BT, hi_BT, page_BKM=None, *, page_
     if clean or page_BKM is not None:  # the gathered copy is written anyway: cleaning it on the way is free
         seen_BKC1 = seen_by_any(order_BKC, lo_BT, hi_BT)[..., None]
         k_BKCH, v_BKCH = jnp.where(seen_BKC1, k_BKCH, 0), jnp.where(seen_BKC1, v_BKCH, 0)
-        weigh = lambda p_BKRC, v_BKCH, *_: weighted_values(p_BKRC, v_BKCH)
+        weigh = weighted_values
     else:
         weigh = weighted_values_or_clean
 
@@ -35,16 +39,13 @@ def run(q_BTNH, k_BKCH, v_BKCH, order_BKC, lo_BT, hi_BT, page_BKM=None, *, page_
         q_BtNH, lo_Bt, hi_Bt = rows
         return attend(q_BtNH, k_BKCH, v_BKCH, order_BKC, lo_Bt, hi_Bt, weigh, scale=scale, softcap=softcap)
 
-    B, T, N, _ = q_BTNH.shape
-    rows = max(1, min(T, SCORE_BYTES // (4 * B * N * k_BKCH.shape[2])))
-    return map_rows(block, (q_BTNH, lo_BT, hi_BT), rows)
+    return map_rows(block, (q_BTNH, lo_BT, hi_BT), block_tokens(q_BTNH, k_BKCH))
 
 
 def attend(q_BTNH, k_BKCH, v_BKCH, order_BKC, lo_BT, hi_BT, weigh, *, scale, softcap):
     """Attention of one block of queries, K and V used as stored. Returns (out_BTNH in q's dtype, lse_BTN float32)."""
-    (B, T, N, _), K = q_BTNH.shape, k_BKCH.shape[1]
-    score_BKTGC = scores(q_BTNH, k_BKCH, order_BKC, lo_BT, hi_BT, scale=scale, softcap=softcap)
-    score_BKRC = score_BKTGC.reshape(B, K, T * (N // K), -1)
+    T, N = q_BTNH.shape[1:3]
+    score_BKRC = scores(q_BTNH, k_BKCH, order_BKC, lo_BT, hi_BT, scale=scale, softcap=softcap)
     top_BKR1 = jax.lax.stop_gradient(jnp.max(score_BKRC, -1, keepdims=True, initial=-1e30))  # finite if all is hidden
     p_BKRC = jnp.exp(score_BKRC - top_BKR1)
     sum_BKR1 = p_BKRC.sum(-1, keepdims=True)
@@ -52,25 +53,27 @@ def attend(q_BTNH, k_BKCH, v_BKCH, order_BKC, lo_BT, hi_BT, weigh, *, scale, sof
     sum_BKR1 = jnp.where(some_BKR1, sum_BKR1, 1)
     out_BKRH = weigh(p_BKRC, v_BKCH, order_BKC, lo_BT, hi_BT) / sum_BKR1
     lse_BKR1 = jnp.where(some_BKR1, top_BKR1 + jnp.log(sum_BKR1), -jnp.inf)
-    to_BTN = lambda x: x.reshape(B, K, T, N // K, -1).swapaxes(1, 2).reshape(B, T, N, -1)
-    return to_BTN(out_BKRH).astype(q_BTNH.dtype), to_BTN(lse_BKR1)[..., 0]
+    return tokens(out_BKRH, T, N).astype(q_BTNH.dtype), tokens(lse_BKR1[..., 0], T, N)
 
 
 def scores(q_BTNH, k_BKCH, order_BKC, lo_BT, hi_BT, *, scale, softcap):
-    """Return masked scores as float32 (B, K, T, G, C): -inf where the query may not see the slot."""
-    B, T, N, H = q_BTNH.shape
-    K, C = order_BKC.shape[1:]
-    q_BKRH = q_BTNH.reshape(B, T, K, N // K, H).swapaxes(1, 2).reshape(B, K, -1, H)
-    score_BKRC = jnp.einsum("bkch,bkrh->bkrc", k_BKCH, q_BKRH, preferred_element_type=jnp.float32) * scale
+    """Return masked scores as float32 (B, K, R = T * G, C): -inf where the query may not see the slot."""
+    (_, T, N, _), K = q_BTNH.shape, k_BKCH.shape[1]
+    G, R = N // K, T * N // K
+    product = partial(jnp.einsum, preferred_element_type=jnp.float32)
+    if R <= FEW_ROWS:  # asked for RC at once, einsum would put K on the right
+        score_BKRC = product("bkch,bkrh->bkcr", k_BKCH, head_rows(q_BTNH, K, R)).swapaxes(2, 3) * scale
+    else:
+        score_BKRC = product("bkrh,bkch->bkrc", head_rows(q_BTNH, K, R), k_BKCH) * scale
     if softcap:
         score_BKRC = softcap * jnp.tanh(score_BKRC / softcap)
-    order_BK1C, (lo_B1T1, hi_B1T1) = order_BKC[:, :, None], (x[:, None, :, None] for x in (lo_BT, hi_BT))
-    see_BKTC = (order_BK1C >= lo_B1T1) & (order_BK1C <= hi_B1T1)
-    return jnp.where(see_BKTC[:, :, :, None], score_BKRC.reshape(B, K, T, N // K, C), -jnp.inf)
+    lo_B1R1, hi_B1R1 = (token_rows(x, G, R, 0)[:, None, :, None] for x in (lo_BT, hi_BT))
+    order_BK1C = order_BKC[:, :, None]
+    return jnp.where((order_BK1C >= lo_B1R1) & (order_BK1C <= hi_B1R1), score_BKRC, -jnp.inf)
 
 
-def weighted_values(p_BKRC, v_BKCH):
-    """Return sum_c p * v, accumulated in float32. bfloat16 values are met by bfloat16 weights, as on the MXU."""
+def weighted_values(p_BKRC, v_BKCH, *_):
+    """Return sum_c p * v of a V without NaN, added up in float32. bfloat16 values meet bfloat16 weights, as on an MXU."""
     return jnp.einsum("bkrc,bkch->bkrh", p_BKRC.astype(v_BKCH.dtype), v_BKCH, preferred_element_type=jnp.float32)
 
 
@@ -117,6 +120,12 @@ def take(stored_BKCx, slot_BKX):
     """Gather slots, anything for those out of range. One head vmapped: partitions over B and K with no collective."""
     one_head = jax.vmap(jax.vmap(lambda stored_Cx, slot_X: stored_Cx.at[slot_X].get(mode="clip")))
     return one_head(stored_BKCx, jnp.maximum(slot_BKX, 0))
+
+
+def block_tokens(q_BTNH, k_BKCH):
+    """Return how many tokens to take at a time, so that the float32 scores held do not grow with T."""
+    (B, T, N, _), (_, K, C, _) = q_BTNH.shape, k_BKCH.shape
+    return max(1, min(T, max(BLOCK_ROWS, BLOCK_SCORES // (B * K * C)) // (N // K)))
 
 
 def map_rows(block, arrays_BTx, rows):

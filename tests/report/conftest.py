@@ -6,7 +6,7 @@ import pathlib
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import pytest
-from fakes import fake
+from fakes import Plain, fake
 
 from tokeff.experiment import Config
 from tokeff.report.run import run
@@ -15,7 +15,9 @@ from tokeff.report.run import run
 @pytest.fixture
 def config():
     """Return a small experiment with its file."""
-    return Config(fake("small", contexts=(64, 128)), pathlib.Path("configs/small.py"), "Small.\n\n    tokeff run small")
+    return Config(
+        fake("small", Plain, contexts=(64, 128)), pathlib.Path("configs/small.py"), "Small.\n\n    tokeff run small"
+    )
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 import io
 import re
 
+import numpy as np
 import pytest
 from fakes import fake, figures, kept
 from matplotlib import image
@@ -19,11 +20,10 @@ HOSTILE = "<script>alert(1)</script>\"'>$\\frac{"
 
 def rows_of(contexts=(64, 128)):
     """Return made-up rows with their keys."""
-    import numpy as np
-
     experiment = fake(contexts=contexts)
     keys = [key.split("/") for key in experiment.keys()]
-    return [{"key": k, **figures(m, int(k), 0.125, np.random.default_rng(0)), "kept": None} for m, k in keys]
+    rows = [figures(m, int(k), 0.125, np.random.default_rng(0)) for m, k in keys]
+    return [{**row, "decode_tok_s": float(row["decode_tok_s"]), "kept": None} for row in rows]
 
 
 @pytest.mark.parametrize("figure", [Scatter("held", "kl"), Scatter("read", "loss", log_y=True), Bars("decode_tok_s"),
@@ -53,10 +53,15 @@ def test_spread_keeps_a_gap():
 
 def test_labels_do_not_overlap():
     """Names of a crowded scatter stay apart, and off the points."""
+    figure = Scatter("held", "kl")
     with plots.matplotlib.rc_context(plots.STYLE):
-        panel = plots.Drawing(figsize=(7.6, 4.9), dpi=144).subplots()
-        plots._panel(panel, rows_of((64,)), Scatter("held", "kl"))
+        drawing = plots.Drawing(figsize=(7.6, 4.9), dpi=144)
+        panel = drawing.subplots()
+        plots._points(panel, rows_of((64,)), figure)
+        drawing.canvas.draw()
+        plots._names(panel, rows_of((64,)), figure)
         boxes = [text.get_window_extent() for text in panel.texts]
+    assert len(boxes) >= 10
     for i, a in enumerate(boxes):
         assert all(labels._overlap(a, b) < 1 for b in boxes[:i]), panel.texts[i]
 
@@ -72,9 +77,9 @@ def render(tmp_path, rows, what=(), config="Config(x='</pre><script>')\n", about
 
 def test_hostile_text_is_escaped_everywhere(tmp_path):
     """Method, family, note, tokens, config, environment and docstring are text, whatever they hold."""
-    row = {"method": HOSTILE, "family": HOSTILE, "note": HOSTILE, "budgeted_by": HOSTILE, "budget": 1, "decode_tok_s": 3,
-           "kl": 1.0, "lossless": False, "beats_random": False, "commit": HOSTILE}  # fmt: skip
-    what = Kept(kept(32, 0.5, __import__("numpy").random.default_rng(0)).orders, (HOSTILE,) * 32, ((1, 2),))
+    row = dict.fromkeys(("method", "family", "note", "budgeted_by", "commit"), HOSTILE)
+    row |= {"budget": 1, "decode_tok_s": 3, "kl": 1.0, "lossless": False, "beats_random": False}
+    what = Kept(kept(32, 0.5, np.random.default_rng(0)).orders, (HOSTILE,) * 32, ((1, 2),))
     page = render(tmp_path, [row, {**row, "method": "full"}], [(HOSTILE, what)])
     assert "<script" not in page.lower() and "alert(1)" in page
     assert page.count("</pre>") == page.count("<pre>")

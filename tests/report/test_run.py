@@ -6,7 +6,7 @@ import os
 
 import numpy as np
 import pytest
-from fakes import Fake, FakeRow, Policy, fake
+from fakes import Fake, FakeRow, Plain, Policy, fake
 
 from tokeff.errors import UserError
 from tokeff.experiment import Config, config_json, config_text
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.core
 
 
 @dataclasses.dataclass(frozen=True)
-class Stopping(Fake):
+class Stopping(Plain):
     """Stops with an error before it measures a method."""
 
     def measure(self, context, key):

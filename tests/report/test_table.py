@@ -69,7 +69,7 @@ def test_hostile_text_stays_text():
     plain = table.text(shown)
     assert "\x1b" not in plain and "[bold]" in plain and "context: 5" in plain
     line = next(line for line in table.markdown(shown).splitlines() if "script" in line)
-    assert "<" not in line and "\\[x\\](y)" in line and line.replace("\\|", "").count("|") == 3
+    assert "<" not in line and "\\[x\\](y)" in line and line.replace("\\|", "").count("|") == 2
 
 
 def test_files_of_a_run(finished):

@@ -9,7 +9,8 @@ import dataclasses
 import functools
 import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -47,6 +48,15 @@ class Haystack:
     held_out: str
     spans: tuple[tuple[int, int], ...]
     repeats: int
+
+
+@functools.lru_cache(maxsize=8)
+def encoder(tokenizer: Any) -> Encode:
+    """Return `encode` of a tokeff Tokenizer (special tokens left out); a function is returned as it is.
+
+    The same tokenizer always gives the same function, so that token counts of the sources are remembered.
+    """
+    return tokenizer if callable(tokenizer) else functools.partial(tokenizer.encode, special=False)  # type: ignore[return-value]
 
 
 def build(
@@ -96,6 +106,22 @@ def prefix(text: str, n: int, encode: Encode) -> str | None:
         if len(encode(cut)) == n:
             return cut
     return None
+
+
+def passages(source: str, length: int, encode: Encode) -> Iterator[str]:
+    """Yield a source as passages that follow one another, each of at most `length` tokens.
+
+    A passage ends where a sentence or line ends; one that is longer than `length` by itself is left out.
+    """
+    pieces, start = sources.pieces(source), 0
+    ends = _ends(source, encode)
+    while start < len(pieces):
+        end = max(bisect.bisect_right(ends, ends[start] + length) - 1, start + 1)
+        while end > start and len(encode("".join(pieces[start:end]).lstrip())) > length:
+            end -= 1
+        if end > start:
+            yield "".join(pieces[start:end]).lstrip()
+        start = max(end, start + 1)
 
 
 @functools.lru_cache(maxsize=8)

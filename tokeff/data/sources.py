@@ -89,7 +89,7 @@ def digest(source: str) -> str:
 @functools.cache
 def prompts(kind: str | None = None) -> tuple[Prompt, ...]:
     """Return the committed prompts, of one kind or (None) of all, in a fixed order. Raises UserError for the kind."""
-    rows = json.loads((_TEXT.parent / "prompts.json").read_text(encoding="utf-8"))
+    rows = json.loads((_TEXT / "prompts.json").read_text(encoding="utf-8"))
     if kind is not None and kind not in PROMPT_KINDS:
         raise UserError(f"unknown prompt kind {kind!r}; {nearest(kind, PROMPT_KINDS)}")
     return tuple(Prompt(row["text"], row["kind"]) for row in rows if kind in (None, row["kind"]))

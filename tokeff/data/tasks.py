@@ -10,6 +10,7 @@ are encoded one by one, so that the questions of an example share one context.
 """
 
 import dataclasses
+import inspect
 import itertools
 import string
 import zlib
@@ -117,10 +118,11 @@ def multi_value(seed: int, length: int, encode: Encode, *, values: int = 4, sour
     inserts = [Insert(d, f" One of the special magic numbers for {city} is: {n}.") for d, n in zip(depths, numbers)]
     hay = build(rng, length, encode, inserts, source, HELD_OUT)
     prompt = (
-        f"\n\nQuestion: What are all the special magic numbers for {city}, in the order of the text?\n"
-        f"Answer: The special magic numbers for {city} are:"
+        f"\n\nQuestion: List the special magic numbers for {city}, in the order of the text.\n"
+        f"Answer: The special magic numbers for {city} are:\n1."
     )
-    question = Question(prompt, " " + ", ".join(numbers), depths[0])
+    answer = " " + "".join(f"{n}\n{i}. " for i, n in enumerate(numbers[:-1], start=2)) + numbers[-1]
+    question = Question(prompt, answer, depths[0])
     facts = {"key": city, "values": numbers, "depths": list(depths)}
     return _example("multi_value", seed, length, source, hay, (question,), facts)
 
@@ -161,9 +163,16 @@ TASKS: Mapping[str, Task] = {
 
 
 def make(task: str, seed: int, length: int, encode: Encode, **options: Any) -> Example:
-    """Return example `seed` of a task. Raises UserError for an unknown task, or a length it does not fit in."""
+    """Return example `seed` of a task.
+
+    Raises UserError for an unknown task or option, or a length that the task does not fit in.
+    """
     if task not in TASKS:
         raise UserError(f"unknown task {task!r}; {nearest(task, TASKS)}")
+    known = [p.name for p in inspect.signature(TASKS[task]).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    for option in options:
+        if option not in known:
+            raise UserError(f"task {task!r} has no option {option!r}; {nearest(option, known)}")
     return TASKS[task](seed, length, encode, **options)
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from tokeff.errors import UserError
+from tokeff.sharding import top_k
 
 
 @struct.dataclass
@@ -106,6 +107,14 @@ class PromptLookup(Drafter):
         return Draft(tokens, parent, jnp.concatenate([jnp.ones(1, bool), valid]))
 
 
+@struct.dataclass
+class Successors:
+    """What followed each token of the vocabulary: top_BUY, Y successors of each of U tokens. U is a vocabulary that is looked up,
+    not multiplied with, so a mesh leaves it whole: split, every node of the tree would wait for a collective."""
+
+    top_BUY: jax.Array
+
+
 @dataclass(frozen=True)
 class TokenRecycling(Drafter):
     """A tree filled from a table of each token's last seen top successors (Luo et al. 2024).
@@ -139,26 +148,28 @@ class TokenRecycling(Drafter):
         at = {(): 0, **{path: i + 1 for i, path in enumerate(self.tree)}}
         return (0, *(at[path[:-1]] for path in self.tree))
 
-    def init(self, B: int, V: int) -> jax.Array:
-        return jnp.zeros((B, V, self.rank), jnp.int32)
+    def init(self, B: int, V: int) -> Successors:
+        return Successors(jnp.zeros((B, V, self.rank), jnp.int32))
 
-    def propose(self, state, tokens_BS, count_B) -> Draft:
-        B = count_B.shape[0]
-        nodes = [last_token(tokens_BS, count_B)[:, 0]]
-        for path, parent in zip(self.tree, self.parents[1:], strict=True):
-            nodes.append(state[jnp.arange(B), nodes[parent], path[-1]])
-        tokens = jnp.stack(nodes, axis=1)
+    def propose(self, state: Successors, tokens_BS, count_B) -> Draft:
+        def one(top_UY, root):
+            nodes = [root]
+            for path, parent in zip(self.tree, self.parents[1:], strict=True):
+                nodes.append(top_UY[nodes[parent], path[-1]])
+            return jnp.stack(nodes)
+
+        tokens = jax.vmap(one)(state.top_BUY, last_token(tokens_BS, count_B)[:, 0])
         parent = jnp.broadcast_to(jnp.asarray(self.parents, jnp.int32), tokens.shape)
         return Draft(tokens, parent, jnp.ones(tokens.shape, bool))
 
-    def observe(self, state, draft: Draft, logits_BWV: jax.Array) -> jax.Array:
-        top = jax.lax.top_k(logits_BWV, self.rank)[1]
+    def observe(self, state: Successors, draft: Draft, logits_BWV: jax.Array) -> Successors:
+        top = top_k(logits_BWV, self.rank, "BWV")[1]
         W = draft.tokens_BW.shape[1]
         later = jnp.arange(W)[None, :] > jnp.arange(W)[:, None]
         beaten = ((draft.tokens_BW[:, None] == draft.tokens_BW[:, :, None]) & later).any(axis=2)
         # A node whose token a later node repeats writes nowhere: an order for what would be a racing scatter.
-        row = jnp.where(beaten, state.shape[1] + jnp.arange(W), draft.tokens_BW)
-        return jax.vmap(lambda m, r, t: m.at[r].set(t, mode="drop", unique_indices=True))(state, row, top)
+        row = jnp.where(beaten, state.top_BUY.shape[1] + jnp.arange(W), draft.tokens_BW)
+        return Successors(jax.vmap(lambda m, r, t: m.at[r].set(t, mode="drop", unique_indices=True))(state.top_BUY, row, top))
 
 
 def _paths(text: str) -> tuple[tuple[int, ...], ...]:

@@ -100,7 +100,7 @@ def cut(s: Decoding, emitted_BW, count_B, free_B, eos) -> jax.Array:
         count = jnp.minimum(count, free_B)
     ends = is_eos(emitted_BW, eos)
     first = jnp.where(ends.any(axis=1), jnp.argmax(ends, axis=1) + 1, emitted_BW.shape[1])
-    return jnp.where(s.done_B, 0, jnp.minimum(count, first))
+    return jnp.where(s.done_B, 0, jnp.minimum(count, first)).astype(jnp.int32)
 
 
 def advance(s: Decoding, layers, path, emitted, count, drafter_state, eos) -> Decoding:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from tokeff.errors import UserError
+from tokeff.sharding import top_k
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def warp(logits_BWV: jax.Array, how: Sampling) -> jax.Array:
     x = jax.nn.log_softmax(logits_BWV / jnp.where(t > 0, t, 1.0))
     V = x.shape[-1]
     if how.top_k and how.top_k < V:
-        x = jnp.where(x < jax.lax.top_k(x, how.top_k)[0][..., -1:], -jnp.inf, x)
+        x = jnp.where(x < top_k(x, how.top_k, "BWV")[0][..., -1:], -jnp.inf, x)
     if how.top_p < 1:
         sorted_x = jnp.sort(x, axis=-1)[..., ::-1]
         p = jax.nn.softmax(sorted_x)

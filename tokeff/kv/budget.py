@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from tokeff.errors import UserError
+from tokeff.sharding import top_k
 
 Budget = float | int
 
@@ -39,7 +40,7 @@ def best(score_BKS: jax.Array, keep_B: jax.Array, M: int) -> jax.Array:
     Rows that must not be chosen carry -inf.
     """
     S = score_BKS.shape[-1]
-    value, index = jax.lax.top_k(score_BKS, M)
+    value, index = top_k(score_BKS, M, "BKS")
     chosen = (jnp.arange(M)[None, None] < keep_B[:, None, None]) & (value > -jnp.inf)
     return jnp.sort(jnp.where(chosen, index, S), axis=-1)
 

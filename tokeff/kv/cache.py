@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from tokeff.models.flow import EMPTY, Accepted, Flow
+from tokeff.sharding import top_k
 
 
 @dataclass(frozen=True)
@@ -137,12 +138,10 @@ def evict(rows: Rows, score_BKC: jax.Array, E: int, full_B: jax.Array) -> Rows:
     Only order, score and the free list pass through; keys and values stay where they are.
     """
 
-    def per_row(order, score, free, full):
-        _, slot = jax.lax.top_k(jnp.where(order == EMPTY, -jnp.inf, -score), E)
-        return jnp.where(full, order.at[slot].set(EMPTY), order), jnp.where(full, slot.astype(jnp.int32), free)
-
-    over_heads = jax.vmap(per_row, in_axes=(0, 0, 0, None))
-    order, free = jax.vmap(over_heads)(rows.order_BKC, score_BKC, rows.free_BKE, full_B)
+    _, slot = top_k(jnp.where(rows.order_BKC == EMPTY, -jnp.inf, -score_BKC), E, "BKC")
+    gone = per_head(lambda order, slot: order.at[slot].set(EMPTY))(rows.order_BKC, slot)
+    full = full_B[:, None, None]
+    order, free = jnp.where(full, gone, rows.order_BKC), jnp.where(full, slot.astype(jnp.int32), rows.free_BKE)
     return rows.replace(order_BKC=order, free_BKE=free, live_B=rows.live_B - E * full_B.astype(jnp.int32))
 
 

@@ -93,7 +93,7 @@ class Keep(Policy):
             free = jnp.broadcast_to(free, (*order.shape[:2], self.evict))
         if self.evict and self.score.mass:
             (ask,) = self.score.needs()
-            mass = pad_slots(jnp.take_along_axis(pad_slots(rows.evidence[ask], S + 1, 2), index_BKM, axis=2), C, 2)
+            mass = pad_slots(jnp.take_along_axis(pad_slots(rows.evidence_BKS[ask], S + 1, 2), index_BKM, axis=2), C, 2)
         N = here.cfg.N if mass is not None else None
         live = (order[:, 0] != EMPTY).sum(axis=-1, dtype=jnp.int32)
         return Rows(k, v, pad_slots(order, C, 2, EMPTY), live, limit, free, mass, empty_draft(k, room.draft, N))

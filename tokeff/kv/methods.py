@@ -40,12 +40,12 @@ def h2o(budget: Budget = 0.125, recent: float = 0.5, evict: int = 1) -> Keep:
     return Keep(budget, Mass(), recent=recent, evict=evict)
 
 
-def snapkv(budget: Budget = 0.125, window: int = 32, kernel: int = 5, pool: str = "avg") -> Keep:
+def snapkv(budget: Budget = 0.125, window: int = 16, kernel: int = 5, pool: str = "avg") -> Keep:
     """SnapKV (Li et al. 2024): what the last `window` queries look at, pooled; the window itself is always kept."""
     return Keep(budget, WindowMass(window, kernel, pool), recent=window)
 
 
-def adakv(budget: Budget = 0.125, window: int = 32, kernel: int = 7, pool: str = "max", floor: float = 0.2, page: int = 16) -> KeepByHead:
+def adakv(budget: Budget = 0.125, window: int = 16, kernel: int = 7, pool: str = "max", floor: float = 0.2, page: int = 16) -> KeepByHead:
     """AdaKV on SnapKV scores (Feng et al. 2024): the layer's budget goes where the scores are, whatever the head."""
     return KeepByHead(snapkv(budget, window, kernel, pool), Spread(floor), page)
 

@@ -46,7 +46,7 @@ class Prefilled:
     order_BS: jax.Array
     length_B: jax.Array  # of the prompt; a pass may have let fewer rows reach this layer
     index: jax.Array  # () number of the layer, as an array so that layers that are alike share compiled code
-    evidence: dict[Ask, jax.Array]  # Ask -> mass_BKS
+    evidence_BKS: dict[Ask, jax.Array]  # attention mass of each stored row
 
     @property
     def count_B(self) -> jax.Array:

@@ -75,10 +75,10 @@ def read_pool(q_BTNH: jax.Array, pool: Pool, lo_BT: jax.Array, hi_BT: jax.Array,
     logits = scores(jnp.moveaxis(q_BPTGH, 1, 2).reshape(B, T, P * (N // K), H), pool.k_BPRH, cfg.scale, cfg.softcap)
     seen = (pool.order_BPR[:, :, None] >= lo_BT[:, None, :, None]) & (pool.order_BPR[:, :, None] <= hi_BT[:, None, :, None])
     logits = jnp.where(seen[:, :, None], logits, NEG)  # (B, P, G, T, R)
-    segment = jnp.where(pool.owner_BP == EMPTY, K, pool.owner_BP)
+    segment = jnp.where(pool.owner_BP == EMPTY, K, pool.owner_BP)  # out of range, so it counts nowhere
 
     def over_pages(reduce, x):
-        return jax.vmap(lambda x, s: reduce(x, s, num_segments=K + 1))(x, segment)[:, :K]
+        return jax.vmap(lambda x, s: reduce(x, s, num_segments=K))(x, segment)
 
     top_BKGT = over_pages(jax.ops.segment_max, jnp.maximum(logits.max(axis=-1), NEG))
     top_BKGT = jnp.maximum(top_BKGT, NEG)  # a head that owns no page
@@ -110,8 +110,9 @@ class KeepByHead(Policy):
         B, K, S, H = rows.k_BKSH.shape
         M = most_rows(self.rule.budget, S)
         keep = self.spread.keep(*self.rule.guarded(rows, here))
-        # Every head wastes less than one page: the sum of ceil(rows / R) is at most sum / R + K.
-        pool = pack_pool(rows, keep, math.ceil(K * M / self.page) + K, self.page)
+        # Every head wastes less than one page, so the sum of ceil(rows / R) is at most (K * M + K * (R - 1)) / R. Rounded up to
+        # a multiple of K: a mesh that divides the heads then divides the pages.
+        pool = pack_pool(rows, keep, K * math.ceil((M + self.page - 1) / self.page), self.page)
         zero = jnp.zeros((B, K, room.rows, H), rows.k_BKSH.dtype)
         tail = Rows(zero, zero, jnp.full((B, K, room.rows), EMPTY, jnp.int32), jnp.zeros(B, jnp.int32))
         return Paged(pool, tail.replace(draft=empty_draft(zero, room.draft)))

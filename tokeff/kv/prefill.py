@@ -20,6 +20,7 @@ from tokeff.models.attention import flash
 from tokeff.models.config import Config, Params
 from tokeff.models.flow import EMPTY, Accepted, Flow, Here
 from tokeff.models.transformer import Pass, block, embed, last_row, orders, project, rms_norm, unembed
+from tokeff.sharding import top_k
 
 
 @dataclass(frozen=True)
@@ -37,17 +38,19 @@ class Gather(Policy):
         order = jnp.concatenate([layer.order_BS, new.order_BT], axis=1)
         out, lse = flash(
             q, k, v, here.lo(ask.order_BT), ask.hi_BT, order, scale=cfg.scale, softcap=cfg.softcap,
-            first=before if ask is new else None, window=here.window,
+            first=before if ask is new else None,
+            # Padding between two turns of a batch makes rows stand further apart than their orders say.
+            window=here.window if before == 0 or q.shape[0] == 1 else None,
         )  # fmt: skip
         evidence = {a: self.gather(a, q, k, lse, order, ask, layer, here) for a in self.evidence}
-        return out, layer.replace(k_BKSH=k, v_BKSH=v, order_BS=order, evidence=evidence), across
+        return out, layer.replace(k_BKSH=k, v_BKSH=v, order_BS=order, evidence_BKS=evidence), across
 
     def gather(self, want: Ask, q, k, lse, order_BS, ask: Flow, layer: Prefilled, here: Here) -> jax.Array:
         """mass_BKS of one kind of evidence: what was there, plus what this call's queries add."""
         weight = want.weight(ask.order_BT, layer.length_B)
         row, T = ask.order_BT, q.shape[1]
         if want.last is not None and want.last < T:  # only these rows of each sequence weigh anything
-            _, at = jax.lax.top_k(row, want.last)
+            _, at = top_k(row, want.last, "BT")
             q, lse = (jnp.take_along_axis(x, at.reshape(*at.shape, *(1,) * (x.ndim - 2)), axis=1) for x in (q, lse))
             weight, row = jnp.take_along_axis(weight, at, axis=1), jnp.take_along_axis(row, at, axis=1)
         B, K, S, _ = k.shape
@@ -55,7 +58,7 @@ class Gather(Policy):
         mass = column_mass(
             q, k, lse, stored, here.lo(row), row, weight, scale=here.cfg.scale, softcap=here.cfg.softcap
         )
-        before = layer.evidence.get(want)
+        before = layer.evidence_BKS.get(want)
         return mass if before is None else mass.at[..., : before.shape[-1]].add(before)
 
 
@@ -63,7 +66,8 @@ class Gather(Policy):
 class Prompt:
     """A prefilled batch: the layers, the text as given, and float32 logits after each prompt's last token.
 
-    next_B is the order of the row that comes next: `length_B`, less what a restarting pass left out.
+    next_B is the order of the row that comes next: `length_B`, less what a restarting pass left out; then place_BM says where in
+    the text each row of the shorter prompt stood.
     """
 
     layers: tuple[Prefilled, ...]
@@ -71,6 +75,7 @@ class Prompt:
     length_B: jax.Array
     next_B: jax.Array
     logits_BV: jax.Array
+    place_BM: jax.Array | None = None
 
 
 def alike(policy: Policy, cut: Pass | None, cfg: Config, layer: int) -> int:
@@ -117,20 +122,27 @@ def prefill(
     cut: Pass | None = None,
     chunk: int | None = None,
     dtype: str | None = None,
+    after: Prompt | None = None,
 ) -> Prompt:
     """Right-padded prompts through the network, in chunks of `chunk` tokens if given. See `Prompt`.
 
-    Raises UserError when a pass that ranks the whole prompt meets `chunk`.
+    after: rows that are there already; these tokens continue them (the next question on one context). Evidence of the last rows
+    then counts the rows of this call only. Raises UserError when a pass that ranks the whole prompt gets it in pieces.
     """
-    if cut is not None and chunk is not None and chunk < tokens_BT.shape[1]:
-        raise UserError(f"{type(cut).__name__} ranks the whole prompt at layer {cut.layer}; drop chunk={chunk}")
-    text, given_B, dtype = tokens_BT, length_B, dtype or params.embed_VD.dtype
+    if cut is not None and (after is not None or (chunk is not None and chunk < tokens_BT.shape[1])):
+        raise UserError(f"{type(cut).__name__} ranks the whole prompt at layer {cut.layer}; give it in one piece, without chunk")
+    text, given_B, dtype, place = tokens_BT, length_B, dtype or params.embed_VD.dtype, None
     if cut is not None and cut.restart:
-        tokens_BT, length_B = restart(params, cfg, tokens_BT, length_B, cut, dtype)
+        tokens_BT, length_B, place = restart(params, cfg, tokens_BT, length_B, cut, dtype)
         cut = None
     B, T = tokens_BT.shape
-    order = orders(length_B, T)
-    policy, layers, rows = Gather(tuple(evidence)), blank(cfg, B, length_B, dtype), []
+    order, layers = orders(length_B, T), blank(cfg, B, length_B, dtype)
+    if after is not None:
+        order = jnp.where(order == EMPTY, EMPTY, order + after.next_B[:, None])
+        given_B, length_B = given_B + after.length_B, length_B + after.next_B
+        text = join(after.tokens_BT, after.length_B, text)
+        layers = tuple(go_on(layer, length_B) for layer in after.layers)
+    policy, rows = Gather(tuple(evidence)), []
     for a in range(0, T, chunk or T):
         part = slice(a, min(a + (chunk or T), T))
         flow, layers = run_layers(
@@ -139,7 +151,19 @@ def prefill(
         rows.append((flow.order_BT.max(axis=1), last_row(flow)))
     which = jnp.argmax(jnp.stack([r[0] for r in rows]), axis=0)  # the chunk that holds each sequence's last row
     x = jnp.take_along_axis(jnp.stack([r[1] for r in rows]), which[None, :, None, None], axis=0)[0]
-    return Prompt(layers, text, given_B, length_B, _logits(params, cfg, x))
+    return Prompt(layers, text, given_B, length_B, _logits(params, cfg, x), place)
+
+
+def go_on(layer: Prefilled, length_B: jax.Array) -> Prefilled:
+    """A layer whose prompt becomes longer. What the last rows looked at no longer counts: others are last now."""
+    lasting = {ask: mass for ask, mass in layer.evidence_BKS.items() if ask.last is None}
+    return layer.replace(length_B=length_B, evidence_BKS=lasting)
+
+
+def join(a_BS: jax.Array, length_B: jax.Array, b_BT: jax.Array) -> jax.Array:
+    """tokens_B(S+T): each row's `b` right behind its `length` tokens of `a`."""
+    at = length_B[:, None] + jnp.arange(b_BT.shape[1])[None]
+    return jax.vmap(lambda row, i, b: row.at[i].set(b))(jnp.pad(a_BS, ((0, 0), (0, b_BT.shape[1]))), at, b_BT)
 
 
 @partial(jax.jit, static_argnames="cfg")
@@ -147,8 +171,8 @@ def _logits(params, cfg, x_B1D):
     return unembed(params, cfg, x_B1D)[:, 0]
 
 
-def restart(params, cfg, tokens_BT, length_B, cut: Pass, dtype) -> tuple[jax.Array, jax.Array]:
-    """(tokens_BM, length_B) of the rows that a restarting pass keeps: only the layers below it run."""
+def restart(params, cfg, tokens_BT, length_B, cut: Pass, dtype) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(tokens_BM, length_B, place_BM) of the rows that a restarting pass keeps: only the layers below it run."""
     B, T = tokens_BT.shape
     flow = embed(params, cfg, tokens_BT, orders(length_B, T))
     flow, _ = run_layers(params, cfg, flow, blank(cfg, B, length_B, dtype), policy=Gather(), upto=cut.layer)
@@ -156,7 +180,7 @@ def restart(params, cfg, tokens_BT, length_B, cut: Pass, dtype) -> tuple[jax.Arr
     # Missing rows (short prompts of the batch) move to the end, so that the kept tokens are a right-padded prompt again.
     index = jnp.take_along_axis(index, jnp.argsort(index == EMPTY, axis=1, stable=True), axis=1)
     tokens = jnp.take_along_axis(tokens_BT, jnp.maximum(index, 0), axis=1)
-    return tokens, (index != EMPTY).sum(axis=1, dtype=jnp.int32)
+    return tokens, (index != EMPTY).sum(axis=1, dtype=jnp.int32), index
 
 
 @partial(jax.jit, static_argnames=("cut", "here"))

@@ -80,7 +80,7 @@ class Mass(Scorer):
         return (Ask(),)
 
     def first(self, rows: Prefilled, here: Here) -> jax.Array:
-        return rows.evidence[Ask()]
+        return rows.evidence_BKS[Ask()]
 
     def later(self, layer: Rows, here: Here) -> jax.Array:
         assert layer.mass_BKC is not None
@@ -106,7 +106,7 @@ class WindowMass(Scorer):
         # Rows inside the window are kept anyway and must not lend their own large mass to neighbours outside it.
         n_B = rows.count_B[:, None]
         outside = (rows.order_BS < n_B - self.window)[:, None]
-        return pool(jnp.where(outside, rows.evidence[Ask(last=self.window)], 0.0), self.kernel, self.pool)
+        return pool(jnp.where(outside, rows.evidence_BKS[Ask(last=self.window)], 0.0), self.kernel, self.pool)
 
 
 def pool(x_BKS: jax.Array, kernel: int, kind: str) -> jax.Array:

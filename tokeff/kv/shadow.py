@@ -21,6 +21,7 @@ from tokeff.kv.policy import Policy, Prefilled, append, pad_slots, tree_bytes
 from tokeff.kv.read import read_draft
 from tokeff.models.attention import NEG, combine, scores, softmax
 from tokeff.models.flow import EMPTY, Accepted, Flow, Here
+from tokeff.sharding import top_k
 
 
 @struct.dataclass
@@ -129,7 +130,7 @@ class ShadowKV(Policy):
         M = min(self.chunks_read(S), S // R)
         p, _ = softmax(scores(q_BTNH, layer.landmark_BKPH, cfg.scale, cfg.softcap), layer.open_BKP[:, :, None, None])
         best = jnp.where(layer.open_BKP[:, :, None], p.max(axis=2), NEG)
-        value, page = jax.lax.top_k(best, M)  # (B, K, T, M)
+        value, page = top_k(best, M, "BKTP")  # (B, K, T, M)
         value = jnp.where(jnp.arange(M) < layer.read_B[:, None, None, None], value, NEG)
         row = (page[..., None] * R + jnp.arange(R)).reshape(B, K, T * M * R)
         low = jax.vmap(lambda low, row: low[row])(layer.low_BSY, row)

@@ -8,12 +8,17 @@ import jax.numpy as jnp
 NEG = -1e30  # finite, so that a fully masked row gives zeros rather than NaN
 
 
+def wide(dtype) -> jnp.dtype:
+    """The type that logits and norms are computed in: float32, or float64 for a model that is float64 throughout."""
+    return jnp.promote_types(jnp.float32, dtype)
+
+
 def scores(q_BTNH: jax.Array, k_BKCH: jax.Array, scale: float, softcap: float) -> jax.Array:
     """float32 logits_BKGTC of every query head against its kv head's rows, before masking."""
     B, T, N, H = q_BTNH.shape
     K = k_BKCH.shape[1]
     q = (q_BTNH * jnp.asarray(scale, q_BTNH.dtype)).reshape(B, T, K, N // K, H)
-    logits = jnp.einsum("btkgh,bkch->bkgtc", q, k_BKCH, preferred_element_type=jnp.float32)
+    logits = jnp.einsum("btkgh,bkch->bkgtc", q, k_BKCH, preferred_element_type=wide(q.dtype))
     return softcap * jnp.tanh(logits / softcap) if softcap else logits
 
 

@@ -1,10 +1,11 @@
-"""Render a chat template in a process of its own. Run by `chat.render` as a script; imports only Jinja and the standard library.
+"""Render a chat template in a process of its own. `chat.render` runs this as a script: only Jinja is imported.
 
 A template comes with a model, so from a stranger. Jinja's immutable sandbox keeps it from attributes and from changing
-things; this process's limits keep it from eating memory and time. Reads one JSON object (template, a list of variable sets,
-limits) from standard input; writes {"texts": [...]} or {"error": "..."} to standard output.
+things; this process's limits keep it from eating memory and time. Reads one JSON object (template, variable sets as
+JSON, limits) from standard input; writes {"texts": [...]} or {"error": "..."} to standard output.
 """
 
+import contextlib
 import datetime
 import json
 import sys
@@ -17,10 +18,8 @@ def limit(memory: int, seconds: int) -> None:
     except ImportError:  # not on Windows: the caller's time limit and the output limit remain
         return
     for what, most in ((resource.RLIMIT_AS, memory), (resource.RLIMIT_CPU, seconds)):
-        try:
+        with contextlib.suppress(ValueError, OSError):  # macOS does not take RLIMIT_AS
             resource.setrlimit(what, (most, most))
-        except (ValueError, OSError):  # macOS does not take RLIMIT_AS
-            pass
 
 
 def environment():
@@ -31,9 +30,11 @@ def environment():
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """{% generation %}...{% endgeneration %} marks the assistant's words for training; rendered it is its content."""
+        """{% generation %}...{% endgeneration %} marks the assistant's words; rendered, it is its content."""
 
-        tags = {"generation"}
+        def __init__(self, environment):
+            super().__init__(environment)
+            self.tags = {"generation"}
 
         def parse(self, parser):
             line = next(parser.stream).lineno
@@ -46,9 +47,7 @@ def environment():
     def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
-    env = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
-    )
+    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"])
     env.filters["tojson"] = tojson
     env.globals["raise_exception"] = fail
     env.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
@@ -74,7 +73,7 @@ def main() -> None:
     job = json.load(sys.stdin)
     limit(job["memory"], job["seconds"])
     try:
-        answer = {"texts": render(job["template"], job["variables"], job["most"])}
+        answer = {"texts": render(job["template"], json.loads(job["variables"]), job["most"])}
     except MemoryError:
         answer = {"error": "it uses too much memory"}
     except RecursionError:

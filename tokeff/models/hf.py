@@ -71,14 +71,14 @@ class SafeTensors:
         return self._from[name].get_tensor(name)
 
 
-def load_hf(folder: Path, precision: Precision) -> tuple[Config, Params]:
+def load_hf(folder: Path, name: str, precision: Precision) -> tuple[Config, Params]:
     """Config and weights of a Hugging Face folder. Raises UserError, one line, for anything missing, damaged or unsupported."""
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} has no config.json; give a Hugging Face model folder, a .gguf file or a saved tokeff folder")
     generation = folder / "generation_config.json"
     eos = Fields(read_json(generation), str(generation)).ids("eos_token_id") if generation.is_file() else ()
     raw = read_json(folder / "config.json")
-    model = describe(raw, folder.name, str(folder / "config.json"), eos)
+    model = describe(raw, name, str(folder / "config.json"), eos)
     source = SafeTensors(_files(folder))
     names = _names(source.shapes, model.family.gemma, source.where)
     wanted = names.of(model.cfg, model.optional)

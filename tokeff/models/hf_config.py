@@ -175,8 +175,13 @@ def _rope(table: Mapping[str, Any], base: float, f: Fields) -> Rope:
     base = r.number("rope_theta", base, low=1.0)
     if kind == "default":
         return Rope(base)
-    original = 0 if kind == "linear" else f.whole(
-        "original_max_position_embeddings", r.whole("original_max_position_embeddings", f.whole("max_position_embeddings"))
+    original = (
+        0
+        if kind == "linear"
+        else f.whole(
+            "original_max_position_embeddings",
+            r.whole("original_max_position_embeddings", f.whole("max_position_embeddings")),
+        )
     )
     if kind == "yarn":
         return _yarn(r, base, original, f)
@@ -190,7 +195,7 @@ def _rope(table: Mapping[str, Any], base: float, f: Fields) -> Rope:
 
 
 def _yarn(r: Fields, base: float, original: int, f: Fields) -> Rope:
-    """YaRN (Peng et al. 2023): the gain on cos and sin is 0.1 ln(factor) + 1 unless the config gives another (eq. 22)."""
+    """YaRN (Peng et al. 2023): the gain on cos and sin is 0.1 ln(factor) + 1 unless the config says (eq. 22)."""
     if not r.flag("truncate", True):
         raise UserError(f"{r.where}: yarn with truncate=false is not supported")
     factor = r.number("factor", f.whole("max_position_embeddings") / original, low=1e-3)

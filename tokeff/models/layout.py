@@ -1,7 +1,7 @@
 """From named tensors to `Params`: which field is which tensor, what shape it must have, and what is done to it.
 
-A field's suffix lists its axes (`q_NHD`), so `Config` gives its shape. Files store a head's two axes as one: `q_NHD` is a
-matrix (N*H, D) there. Shapes are compared with the file's header before any tensor is read.
+A field's suffix lists its axes (`q_NHD`), so `Config` gives its shape. Files store a head's two axes as one: `q_NHD` is
+a matrix (N*H, D) there. Shapes are compared with the file's header before any tensor is read.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def dtype_of(field: str, precision: Precision) -> Any:
 
 
 def abstract(cfg: Config, precision: Precision, optional: Iterable[str] = ()) -> Params:
-    """`Params` of `jax.ShapeDtypeStruct`: for restoring, sharding tables and ahead-of-time compiles, without any memory."""
+    """`Params` of `jax.ShapeDtypeStruct`: for restoring, sharding tables and ahead-of-time compiles; no memory."""
 
     def leaf(field: str) -> Any:
         return jax.ShapeDtypeStruct(shape_of(field, cfg), dtype_of(field, precision))
@@ -99,12 +99,12 @@ def check(source: Source, wanted: Mapping[Key, str], cfg: Config, ignore: Callab
     for (_, field), name in wanted.items():
         expected, found = stored_shape(field, cfg), source.shapes.get(name)
         if found is None:
-            raise UserError(f"{where}: tensor {name} is missing; the file is incomplete or its config is another model's")
+            raise UserError(f"{where}: tensor {name} is missing; the file is incomplete or its config wrong")
         if found != expected:
             raise UserError(f"{where}: tensor {name} has shape {found}, the config says {expected}")
     extra = sorted(n for n in source.shapes.keys() - set(wanted.values()) if not ignore(n))
     if extra:
-        raise UserError(f"{where}: {len(extra)} tensors have no place in this model, {extra[0][:80]} first; not supported")
+        raise UserError(f"{where}: {len(extra)} tensors have no place in this model, {extra[0][:80]} first")
 
 
 def assemble(
@@ -120,7 +120,7 @@ def assemble(
         name = wanted[layer, field]
         array = source.read(name)
         if array.size != math.prod(shape_of(field, cfg)):
-            raise UserError(f"{source.where}: tensor {name} does not hold what its header says; download the file again")
+            raise UserError(f"{source.where}: tensor {name} is not what its header says; download the file again")
         array = fix(field, array.reshape(stored_shape(field, cfg)))
         return jnp.array(array.reshape(shape_of(field, cfg)), dtype_of(field, precision))
 

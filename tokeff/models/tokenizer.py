@@ -16,7 +16,7 @@ from tokeff.models.fields import Fields, read_json
 
 @dataclass(frozen=True, eq=False)
 class Tokenizer:
-    """`raw` does the work; `V` is the model's vocabulary; `special` holds bos_token, eos_token ... for the chat template."""
+    """`raw` does the work; `V` is the model's vocabulary; `special` has bos_token, eos_token ... for chat templates."""
 
     raw: tokenizers.Tokenizer
     V: int
@@ -24,7 +24,7 @@ class Tokenizer:
     special: Mapping[str, str] = field(default_factory=dict)
 
     def encode(self, text: str, special: bool = True) -> list[int]:
-        """Token ids. `special=True` adds what the model's own tokenizer adds (for SmolLM2 nothing, for Llama 3 a bos)."""
+        """Token ids. `special=True` adds what the model's own tokenizer adds (SmolLM2: nothing, Llama 3: bos)."""
         ids = self.raw.encode(text, add_special_tokens=special).ids
         if ids and max(ids) >= self.V:
             raise UserError(f"the text holds {self.raw.id_to_token(max(ids))!r}, which this model has no embedding for")
@@ -37,7 +37,7 @@ class Tokenizer:
     def chat(self, messages: Sequence[Mapping[str, Any]], reply: bool = True, **variables: Any) -> str:
         """One conversation as the text its model was trained on; encode it with `special=False`.
 
-        `reply=True` ends with the opening of the assistant's turn. Raises UserError when there is no template or it fails.
+        `reply=True` ends with the opening of the assistant's turn. Raises UserError without a template, or if it fails.
         """
         return self.chats([messages], reply, **variables)[0]
 

@@ -16,6 +16,7 @@ from tokeff.errors import UserError
 from tokeff.kv.budget import Budget, check_budget, most_rows, rows_of
 from tokeff.models.attention import NEG, scores
 from tokeff.models.flow import EMPTY, Flow, Here
+from tokeff.sharding import top_k
 
 
 def last_scores(q_BTNH: jax.Array, k_BTKH: jax.Array, flow: Flow, here: Here) -> jax.Array:
@@ -70,7 +71,7 @@ class LastRowTopK:
         score = jnp.where(last, jnp.inf, jnp.where(real, score, NEG))
         T = score.shape[1]
         M = most_rows(self.budget, T)
-        _, index = jax.lax.top_k(score, M)
+        _, index = top_k(score, M, "BT")
         keep = jnp.arange(M)[None] < rows_of(self.budget, n_B)[:, None]
         index = jnp.sort(jnp.where(keep, index, T), axis=1)
         return jnp.where(index == T, EMPTY, index)

@@ -192,7 +192,7 @@ def _plain(value: Any) -> Any:
 def slug(key: str) -> str:
     """Return a file name for a key: unlike keys get unlike names."""
     plain = re.sub(r"[^A-Za-z0-9.-]+", "_", key).strip("._") or "row"
-    return plain if plain == key else f"{plain[:80]}-{zlib.crc32(key.encode()):08x}"
+    return plain if plain == key and len(key) <= 80 else f"{plain[:80]}-{zlib.crc32(key.encode()):08x}"
 
 
 def first_difference(there: Any, here: Any, path: str = "") -> str:

@@ -11,7 +11,7 @@ from tokeff.report import kept as kept_file
 from tokeff.report.folder import RunFolder
 from tokeff.report.kept import Kept
 from tokeff.report.plots import Image
-from tokeff.report.table import MISSING, NOT_BETTER, Table, clean, digits, number, within_budget
+from tokeff.report.table import MISSING, NOT_BETTER, Table, clean, digits, is_method, number, within_budget
 
 LEVELS = 10
 IN_NAME = ("method", "family", "lossless", "note")
@@ -91,7 +91,7 @@ def facts(rows: Sequence[dict[str, Any]]) -> list[Fact]:
     """Return what a reader should know first, at the longest context; only what the rows can say."""
     longest = max((number(row.get("context")) or 0.0 for row in rows), default=0.0)
     rows = [row for row in rows if (number(row.get("context")) or 0.0) == longest]
-    full = next((row for row in rows if row["method"] == "full"), {})
+    full = next((row for row in rows if is_method(row, "full")), {})
     compared = [row for row in rows if row.get("family") != "baseline"]
     found = [_full(full), _closest(compared), _smallest(compared), _fastest(compared, full), _weak(compared)]
     return [fact for fact in found if fact is not None]

@@ -34,8 +34,10 @@ def place(
     avoid: Sequence[tuple[Point, Point]] = (),
     size: float = 8.5,
 ) -> None:
-    """Write each name near its point (data coordinates), the most crowded first, off the lines in `avoid`."""
-    axes.figure.canvas.draw()
+    """Write each name near its point (data coordinates), the most crowded first, off the lines in `avoid`.
+
+    The figure must have been drawn, so that its axes stay where they are.
+    """
     scale = axes.figure.dpi / 72  # pixels in a typographic point
     pixels: list[Point] = [tuple(axes.transData.transform(point)) for point in points]
     taken = [Bbox.from_bounds(x - 4 * scale, y - 4 * scale, 8 * scale, 8 * scale) for x, y in pixels]
@@ -46,8 +48,10 @@ def place(
     for i, name in labels:
         note = axes.annotate(name, points[i], (0, 0), textcoords="offset points", fontsize=size, color="#222222")
         box = note.get_window_extent()
-        spots = _spots(pixels[i], box.width, box.height, scale)
-        dx, dy, area, leader = min(spots, key=lambda spot: _cost(pixels[i], *spot[2:], taken, room))
+        spots = list(_spots(pixels[i], box.width, box.height, scale))
+        others = [pixel for pixel in pixels if math.dist(pixel, pixels[i]) > 5 * scale]
+        costs = [_cost(pixels[i], *spot[2:], taken, room) + 60 * _claims(spot[2], pixels[i], others) for spot in spots]
+        dx, dy, area, leader = spots[costs.index(min(costs))]
         note.set_position((dx, dy))
         if leader > LEADER_FROM:
             ends = axes.transData.inverted().transform([pixels[i], _nearest(pixels[i], area)])
@@ -79,6 +83,12 @@ def _cost(pixel: Point, area: Bbox, leader: float, taken: Sequence[Bbox], room: 
         along = [(pixel[0] + t * (x - pixel[0]), pixel[1] + t * (y - pixel[1])) for t in (0.3, 0.5, 0.7, 0.9)]
         crossed = sum(other.contains(*spot) for other in taken for spot in along)
     return covered + 3 * outside + 80 * crossed + 0.5 * leader
+
+
+def _claims(area: Bbox, own: Point, others: Sequence[Point]) -> int:
+    """Return how many other points a label at `area` would be nearer to than to its own."""
+    away = math.dist(own, _nearest(own, area))
+    return sum(math.dist(other, _nearest(other, area)) < away + 1 for other in others)
 
 
 def _nearest(pixel: Point, area: Bbox) -> Point:

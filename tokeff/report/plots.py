@@ -15,7 +15,7 @@ from matplotlib.ticker import PercentFormatter, ScalarFormatter
 from tokeff.report import labels
 from tokeff.report.figures import Bars, Figure, Lines, Scatter
 from tokeff.report.kept import Kept
-from tokeff.report.table import clean, interval, number
+from tokeff.report.table import clean, interval, is_method, number
 
 FAMILIES = {
     "baseline": ("#555555", "s"),
@@ -112,17 +112,20 @@ def _scatter(rows: list[dict[str, Any]], figure: Scatter) -> Image | None:
     panels = drawing.subplots(down, across, squeeze=False).ravel()
     for panel in panels[len(lengths) :]:
         panel.set_axis_off()
-    for panel, length in zip(panels, lengths):
-        here = [row for row in rows if (number(row.get("context")) or 0) == length]
-        _panel(panel, here, figure)
+    here = [[row for row in rows if (number(row.get("context")) or 0) == length] for length in lengths]
+    for panel, some, length in zip(panels, here, lengths):
+        _points(panel, some, figure)
         if length:
             panel.set_title(f"context {length:g} tokens", fontsize=9.5, fontweight="normal", color="#555555")
+    drawing.canvas.draw()  # labels are placed in pixels, once no panel moves any more
+    for panel, some in zip(panels, here):
+        _names(panel, some, figure)
     title = figure.title or f"{figure.y} against {figure.x}"
     return _image(drawing, f"{figure.y}-{figure.x}", title, wide=across > 1)
 
 
-def _panel(panel: Axes, rows: list[dict[str, Any]], figure: Scatter) -> None:
-    """Draw the points of one context length, with their intervals, families and names."""
+def _points(panel: Axes, rows: list[dict[str, Any]], figure: Scatter) -> None:
+    """Draw the points of one context length, with their intervals and families."""
     xs, ys = _values(rows, figure.x), _values(rows, figure.y)
     for row, x, y in zip(rows, xs, ys):
         colour, marker = _look(row)
@@ -131,22 +134,29 @@ def _panel(panel: Axes, rows: list[dict[str, Any]], figure: Scatter) -> None:
     if figure.log_y:
         positive = ys[ys > 0]
         panel.set_yscale("symlog", linthresh=float(positive.min()) if positive.size else 1.0)
-    level = _random_line(panel, rows, figure.y)
+    level = _random_level(rows, figure.y)
+    if level is not None:
+        panel.axhline(level, color="#555555", linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
     panel.margins(x=0.14, y=0.12)
     _axis(panel, figure.x, figure.y, xs)
     _legend(panel, rows)
-    whiskers = [((x, y - below), (x, y + above)) for row, x, y in zip(rows, xs, ys)
-                for below, above in [_reach(row, figure.y)[:, 0]] if below or above]  # fmt: skip
-    across = [] if level is None else [((panel.get_xlim()[0], level), (panel.get_xlim()[1], level))]
-    labels.place(panel, list(zip(xs, ys)), [clean(row["method"]) for row in rows], [*whiskers, *across])
 
 
-def _random_line(panel: Axes, rows: list[dict[str, Any]], y: str) -> float | None:
-    """Draw and return the level of the random baseline: a method on its wrong side adds nothing."""
-    level = next((number(row[y]) for row in rows if row["method"] == "random"), None)
+def _names(panel: Axes, rows: list[dict[str, Any]], figure: Scatter) -> None:
+    """Write the names beside the points, off the intervals and the random baseline's line."""
+    points = list(zip(_values(rows, figure.x), _values(rows, figure.y)))
+    reach = [_reach(row, figure.y)[:, 0] for row in rows]
+    avoid = [((x, y - below), (x, y + above)) for (x, y), (below, above) in zip(points, reach) if below or above]
+    level = _random_level(rows, figure.y)
     if level is not None:
-        panel.axhline(level, color="#555555", linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
-    return level
+        left, right = panel.get_xlim()
+        avoid.append(((left, level), (right, level)))
+    labels.place(panel, points, [clean(row["method"]) for row in rows], avoid)
+
+
+def _random_level(rows: list[dict[str, Any]], y: str) -> float | None:
+    """Return the level of the random baseline, if it was measured: a method on its wrong side adds nothing."""
+    return next((number(row[y]) for row in rows if is_method(row, "random")), None)
 
 
 def _axis(panel: Axes, x: str, y: str, xs: np.ndarray) -> None:
@@ -221,7 +231,7 @@ def _bars(rows: list[dict[str, Any]], figure: Bars) -> Image | None:
     right = float(max(values.max(), (values + reach[1]).max(), 0)) or 1.0
     for i, (value, above) in enumerate(zip(values, reach[1])):
         panel.text(value + above + 0.01 * right, i, f"{value:.3g}", va="center", fontsize=8.5)
-    reference = next((v for row, v in zip(rows, values) if row["method"] == figure.reference), None)
+    reference = next((v for row, v in zip(rows, values) if is_method(row, figure.reference)), None)
     if reference is not None:
         panel.axvline(reference, color="#333333", linewidth=0.9, linestyle=(0, (4, 3)), zorder=3)
     panel.set_yticks(range(len(rows)), [clean(row["method"]) for row in rows])

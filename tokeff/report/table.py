@@ -51,6 +51,11 @@ def number(value: Any) -> float | None:
         return None
 
 
+def is_method(row: dict[str, Any], name: str) -> bool:
+    """Say whether a row measures the named method, whatever its capitals."""
+    return str(row.get("method")).lower() == name.lower()
+
+
 def interval(row: dict[str, Any], name: str) -> tuple[float, float] | None:
     """Return the 95% interval of a value, or None where the row has none."""
     low, high = number(row.get(name + "_lo")), number(row.get(name + "_hi"))

@@ -16,6 +16,7 @@ from tokeff.kv.policy import Full, Prefilled, append, tree_bytes
 from tokeff.kv.read import read_draft, read_rows
 from tokeff.models.attention import NEG, combine, scores, softmax
 from tokeff.models.flow import EMPTY, Accepted, Flow, Here
+from tokeff.sharding import top_k
 
 
 @struct.dataclass
@@ -42,7 +43,7 @@ class TopScores:
         rows, M = layer.rows, min(layer.far, layer.rows.capacity)
         logits = scores(q_BTNH, rows.k_BKCH, here.cfg.scale, here.cfg.softcap).sum(axis=2)
         logits = jnp.where(visible(rows.order_BKC, lo_BT, hi_BT), logits, NEG)
-        value, slot = jax.lax.top_k(logits, M)
+        value, slot = top_k(logits, M, "BKTC")
         order = jnp.take_along_axis(rows.order_BKC[:, :, None], slot, axis=3)
         chosen = (value > NEG) & (jnp.arange(M) < layer.far_B[:, None, None, None])
         return Selection(jnp.where(chosen, order, EMPTY))

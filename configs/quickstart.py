@@ -1,0 +1,31 @@
+"""Thirteen ways to spend fewer tokens, side by side on one real text with SmolLM2-135M.
+
+Command:   tokeff run configs/quickstart.py
+Hardware:  2 CPU cores, float32
+Time:      TIME
+Expected:  EXPECTED
+"""
+
+from tokeff.evals.comparison import Comparison, line
+
+BUDGET = 0.125
+
+
+def experiment() -> Comparison:
+    """One committed passage of 2,048 tokens with needles at depths .1, .5 and .9, one budget for every method that has one."""
+    rows = (
+        line("Full"),
+        line("Random", budget=BUDGET),
+        line("Recent", budget=BUDGET),
+        line("StreamingLLM", budget=BUDGET),
+        line("H2O", budget=BUDGET),
+        line("SnapKV", budget=BUDGET),
+        line("AdaKV", budget=BUDGET),
+        line("ShadowKV", budget=BUDGET),
+        line("TidalDecode", budget=BUDGET),
+        line("GemFilter", budget=BUDGET),
+        line("PromptDistill", budget=BUDGET),
+        line("PromptLookup"),
+        line("TokenRecycling"),
+    )
+    return Comparison(name="quickstart", rows=rows, contexts=(2048,), speeds=(512,))

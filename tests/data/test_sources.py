@@ -1,0 +1,93 @@
+"""The text sources: whole, clean, and what SOURCES.md says of them."""
+
+import hashlib
+import pathlib
+import re
+
+import pytest
+
+from tokeff.data import PROMPT_KINDS, prompts, sources
+from tokeff.errors import UserError
+
+pytestmark = pytest.mark.core
+FOLDER = pathlib.Path(sources.__file__).parent / "text"
+
+
+def test_the_committed_passage_is_the_one_that_sources_md_names():
+    stated = re.search(r"northanger_abbey\.txt.*`([0-9a-f]{64})`", (FOLDER / "SOURCES.md").read_text())
+    assert stated is not None
+    assert hashlib.sha256((FOLDER / "northanger_abbey.txt").read_bytes()).hexdigest() == stated[1]
+    assert sum(file.stat().st_size for file in FOLDER.iterdir()) < 300_000
+
+
+@pytest.mark.parametrize("source", sources.SOURCES)
+def test_pieces_join_to_the_text(source):
+    pieces = sources.pieces(source)
+    assert "".join(pieces).strip() == sources.text(source)
+    assert all(piece[0].isspace() and not piece[-1].isspace() for piece in pieces)
+
+
+def test_prose_is_unwrapped_and_has_no_headings():
+    text = sources.text()
+    assert "CHAPTER" not in text
+    assert "\n" not in text.replace("\n\n", "")
+    assert "  " not in text
+
+
+def test_sentences_do_not_end_at_abbreviations():
+    assert not [piece for piece in sources.pieces() if piece.endswith(("Mr.", "Mrs.", "Dr.", "St."))]
+    assert sources._split("Mrs. Allen sat. She rose! Then she left.") == [
+        "Mrs. Allen sat. She rose!",
+        "Then she left.",
+    ]
+
+
+def test_code_keeps_its_indentation():
+    assert "\n    def error(self, message):\n" in sources.text("stdlib")
+
+
+def test_a_text_file_is_a_source(tmp_path):
+    path = tmp_path / "mine.txt"
+    path.write_text("One sentence of a file here.\nIt goes on.\n\nAnd ends.\n")
+    assert sources.text(str(path)) == "One sentence of a file here. It goes on.\n\nAnd ends."
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "fix"),
+    [
+        ("none.txt", None, "give a readable"),
+        ("bad.txt", b"\xff\xfe\xff", "save it as UTF-8"),
+        ("empty.txt", b" \n", "is empty"),
+    ],
+)
+def test_bad_text_files_are_refused_in_one_line(tmp_path, name, content, fix):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=fix):
+        sources.text(str(tmp_path / name))
+
+
+def test_an_unknown_source_names_the_nearest():
+    with pytest.raises(UserError, match="did you mean 'northanger_abbey'"):
+        sources.text("northanger_abby")
+
+
+def test_digests_tell_texts_apart():
+    assert sources.digest("stdlib") != sources.digest("northanger_abbey") == sources.digest("northanger_abbey")
+
+
+def test_there_are_fifteen_prompts_of_every_kind():
+    assert {kind: len(prompts(kind)) for kind in PROMPT_KINDS} == dict.fromkeys(PROMPT_KINDS, 15)
+    assert len({prompt.text for prompt in prompts()}) == 60
+    assert all(prompt.text.strip() for prompt in prompts())
+    with pytest.raises(UserError, match="known: chat, code, copy, prose|did you mean"):
+        prompts("poetry")
+
+
+def test_prose_prompts_stand_in_the_passage():
+    assert all(prompt.text in sources.text() for prompt in prompts("prose"))
+
+
+def test_prompts_are_short(encode):
+    most = 128 if len(encode(sources.text())) < 40000 else 300  # the small test tokenizer cuts words into more tokens
+    assert max(len(encode(prompt.text)) for prompt in prompts()) <= most

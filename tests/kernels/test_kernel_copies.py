@@ -1,0 +1,69 @@
+"""The XLA path on CPU reads K and V where they are: no copy of the cache's size in the compiled program."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from tokeff.kernels import cases, column_mass, decode_attention
+from tokeff.kernels.cases import Case
+
+pytestmark = pytest.mark.core
+
+# Operations that hand a buffer on or write a few rows into it, rather than making another.
+FREE = {"parameter", "bitcast", "tuple", "get-tuple-element", "while", "conditional", "scatter", "call", "iota"}
+SHAPES = [pytest.param(T, C, id=f"T{T}-C{C}") for T, C in ((1, 2048), (8, 2048), (64, 1024))]
+
+
+def cache_sized(compiled, case):
+    """Return the instructions that produce an array as large as K, outside the branch that runs after a NaN."""
+    text = compiled.as_text()
+    rescue = set(re.findall(r"branch_computations=\{%?([\w.\-]+), ", text))  # first branch: the condition is false
+    elements = case.B * case.K * case.C * case.H
+    found, computation = [], None
+    for line in text.splitlines():
+        if opened := re.match(r"(?:ENTRY )?%?([\w.\-]+) .*\{$", line):
+            computation = opened[1]
+        made = re.match(r"\s+(?:ROOT )?%?[\w.\-]+ = \w+\[([\d,]+)\]\S* ([\w\-]+)\(", line)
+        if made and computation not in rescue and made[2] not in FREE:
+            sizes = [int(n) for n in made[1].split(",")]
+            if jnp.prod(jnp.array(sizes)) == elements:
+                found.append(f"{computation}: {line.strip()[:160]}")
+    return found
+
+
+@pytest.mark.parametrize(("T", "C"), SHAPES)
+def test_decode_attention_copies_no_cache(T, C):
+    case = Case("copies", T=T, C=C)
+    a = cases.structs(case)
+    f = jax.jit(lambda a: decode_attention(*(a[n] for n in ("q", "k", "v", "order", "lo", "hi")), **case.options))
+    assert cache_sized(f.lower(a).compile(), case) == []
+
+
+@pytest.mark.parametrize(("T", "C"), SHAPES)
+def test_column_mass_copies_no_cache(T, C):
+    case = Case("copies", T=T, C=C)
+    names = ("q", "k", "lse", "order", "lo", "hi", "weight")
+    f = jax.jit(lambda a: column_mass(*(a[n] for n in names), **case.options))
+    assert cache_sized(f.lower(cases.structs(case)).compile(), case) == []
+
+
+def test_decode_loop_that_writes_and_reads_a_cache_copies_none():
+    case = Case("copies", B=2, C=2048)
+
+    def step(carry):
+        i, q, k, v, order = carry
+        at = jnp.arange(case.B)[:, None], jnp.arange(case.K), jnp.full((case.B, case.K), i)
+        row = q.reshape(case.B, case.K, -1, case.H)[:, :, 0]
+        k, v = (x.at[at].set(row, unique_indices=True) for x in (k, v))
+        order = order.at[at].set(i, unique_indices=True)
+        seen = jnp.zeros((case.B, 1), jnp.int32), jnp.full((case.B, 1), i)
+        return i + 1, decode_attention(q, k, v, order, *seen, **case.options)[0], k, v, order
+
+    def loop(q, k, v, order):
+        return jax.lax.while_loop(lambda c: c[0] < 9, step, (0, q, k, v, order))
+
+    a = cases.structs(case)
+    compiled = jax.jit(loop, donate_argnums=(1, 2, 3)).lower(*(a[n] for n in ("q", "k", "v", "order"))).compile()
+    assert cache_sized(compiled, case) == []

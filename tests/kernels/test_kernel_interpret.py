@@ -1,0 +1,81 @@
+"""The Pallas kernels, interpreted on CPU.
+
+Plain interpretation checks the arithmetic. `interpret_tpu` simulates the memories and the DMAs of a TPU as well: it
+raises on reads out of bounds, fills what was never written with NaN, and finds races; it is some ten times slower.
+"""
+
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+from kernel_calls import PAGED, SMALL, assert_close, attention_call, mass_call, params, ragged
+
+from tokeff.compat import interpret_tpu, races_found
+from tokeff.kernels.cases import Case
+from tokeff.kernels.column_mass import pallas_gpu as mass_gpu
+from tokeff.kernels.column_mass import pallas_tpu as mass_tpu
+from tokeff.kernels.column_mass import reference as mass_reference
+from tokeff.kernels.decode_attention import pallas_gpu, pallas_tpu, reference
+
+pytestmark = pytest.mark.interp
+
+BOTH = ("float32", "bfloat16")
+TPU_PAGED = PAGED[2:]
+LONG = Case("long", N=2, K=1, C=1100, H=16)  # more than one block of slots, the last one cut
+
+
+def check(call, kernel, definition, case, interpret):
+    """Run a kernel twice on a ragged, NaN-poisoned call: equal to the definition, and to itself bit for bit."""
+    arrays, options = call(case, ragged(case))
+    assert kernel.refusal(*arrays, **options) is None
+    run = jax.jit(partial(kernel.run, interpret=interpret, **options))
+    got, again = run(*arrays), run(*arrays)
+    assert_close(got, definition.run(*arrays, **options), case.dtype)
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("case", params((*SMALL, *TPU_PAGED, LONG), BOTH))
+def test_decode_attention_tpu(case):
+    check(attention_call, pallas_tpu, reference, case, True)
+
+
+@pytest.mark.parametrize("case", params((*SMALL, *PAGED, LONG), BOTH))
+def test_decode_attention_gpu(case):
+    check(attention_call, pallas_gpu, reference, case, True)
+
+
+@pytest.mark.parametrize("case", params((*SMALL, LONG), BOTH))
+def test_column_mass_tpu(case):
+    check(mass_call, mass_tpu, mass_reference, case, True)
+
+
+@pytest.mark.parametrize("case", params((*SMALL, LONG), BOTH))
+def test_column_mass_gpu(case):
+    check(mass_call, mass_gpu, mass_reference, case, True)
+
+
+@pytest.mark.parametrize("case", params((SMALL[1], LONG, *TPU_PAGED)) + params((SMALL[2],), ("bfloat16",)))
+def test_decode_attention_tpu_has_no_races_and_stays_in_bounds(case):
+    check(attention_call, pallas_tpu, reference, case, interpret_tpu())
+    assert not races_found()
+
+
+@pytest.mark.parametrize("case", params((SMALL[1], SMALL[3], LONG)) + params((SMALL[2],), ("bfloat16",)))
+def test_column_mass_tpu_has_no_races_and_stays_in_bounds(case):
+    check(mass_call, mass_tpu, mass_reference, case, interpret_tpu())
+    assert not races_found()
+
+
+def test_blocks_nobody_can_see_are_not_fetched():
+    """A page table that drops blocks must not change the result, and must name only the block already held."""
+    arrays, options = attention_call(LONG, ragged(LONG))
+    q, k, v, order, lo, hi, _ = arrays
+    order = order.at[:, :, 128:].set(-1)  # only the first block of 128 holds anything
+    page_BKM, _ = pallas_tpu._live_blocks(order, lo, hi, 128)
+    assert page_BKM[0, 0].tolist() == [0] + [-1] * 8
+    table = pallas_tpu._table(page_BKM, 1)
+    assert table.tolist() == [0] + [~0] * 8
+    got = pallas_tpu.run(q, k, v, order, lo, hi, interpret=True, **options)
+    assert_close(got, reference.run(q, k, v, order, lo, hi, **options), "float32")

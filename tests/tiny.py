@@ -1,0 +1,152 @@
+"""The one tiny model of these tests, its prompts, and how its parts are driven: one fixed shape for every method.
+
+Settings for it come by parameter name (`settings`), so a method joins the shared tests by being listed in `tokeff.listing`.
+"""
+
+import inspect
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tokeff.decode.draft import Plain
+from tokeff.decode.loop import Decoding, begin, run
+from tokeff.decode.sample import GREEDY, row_keys
+from tokeff.kv.cache import Room
+from tokeff.kv.extend import extend, pack
+from tokeff.kv.policy import Full
+from tokeff.kv.prefill import Prompt, prefill
+from tokeff.models.config import Block, Config, Params
+
+CFG = Config("tiny", V=61, D=32, F=48, L=4, N=4, K=2, H=8, max_len=256, tied=False)
+LENGTHS = (64, 51)
+NEW = 20
+TREE = ((0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0))
+SETTINGS = {
+    "budget": 0.5, "window": 6, "sinks": 4, "layer": 1, "dense": (0,), "select": (1,), "recent": 8, "page": 4,
+    "length": 4, "ngram": 2, "tree": TREE,
+}  # fmt: skip
+OWN = {"ShadowKV": {"budget": 0.25}}  # its local chunks are half of so short a prompt
+
+
+def settings(method) -> dict:
+    """Settings of a listed method at which it is active on the tiny prompts: SETTINGS where it has a parameter of that name."""
+    given = {}
+    for name, parameter in inspect.signature(method.make).parameters.items():
+        if name in SETTINGS and not (isinstance(parameter.default, float) and name == "recent"):
+            given[name] = SETTINGS[name]
+    return given | OWN.get(method.name, {})
+
+
+def fast(method) -> dict:
+    """`settings`, changed so that drafts are exact: as the listing says, but with blocks that fit the tiny budget."""
+    return settings(method) | {name: 4 if name == "evict" else value for name, value in (method.fast or {}).items()}
+
+
+def identity(method) -> dict:
+    """The listed identity setting on top of `settings`."""
+    return settings(method) | method.identity
+
+
+def weights(cfg: Config, seed: int = 0, follow: float = 0.7) -> tuple[Params, np.ndarray]:
+    """(float64 params, successor_V). The head leans towards one successor of every token, by `follow`, so that text repeats itself
+    and drafts are sometimes right; the rest is random, and attention is sharp enough for lost rows to change the text."""
+    rng = np.random.default_rng(seed)
+
+    def normal(*shape, inputs=1, scale=1.0):
+        return scale * rng.normal(size=shape) / inputs**0.5
+
+    def block():
+        D, F, N, K, H = cfg.D, cfg.F, cfg.N, cfg.K, cfg.H
+        return Block(
+            1 + normal(D, scale=0.1), normal(N, H, D, inputs=D, scale=3.0), normal(K, H, D, inputs=D, scale=3.0),
+            normal(K, H, D, inputs=D), normal(D, N, H, inputs=D), 1 + normal(D, scale=0.1),
+            normal(F, D, inputs=D), normal(F, D, inputs=D), normal(D, F, inputs=F, scale=0.5),
+        )  # fmt: skip
+
+    blocks = tuple(block() for _ in range(cfg.L))
+    embed, successor = normal(cfg.V, cfg.D), rng.permutation(cfg.V)
+    head = (1 - follow) * normal(cfg.V, cfg.D)
+    head[successor] += follow * embed
+    return Params(embed, blocks, 1 + normal(cfg.D, scale=0.1), head), successor
+
+
+@cache
+def params(cfg: Config = CFG, dtype: str = "float32") -> Params:
+    """The weights as arrays."""
+    return jax.tree.map(lambda x: jnp.asarray(x, dtype), weights(cfg)[0])
+
+
+@cache
+def prompts() -> tuple[tuple[int, ...], ...]:
+    """Random prompts of LENGTHS in which every other token is the successor of the one before."""
+    rng, (_, successor) = np.random.default_rng(1), weights(CFG)
+    rows = []
+    for length in LENGTHS:
+        row = rng.integers(0, CFG.V, length)
+        for t in range(1, length):
+            row[t] = successor[row[t - 1]] if rng.random() < 0.5 else row[t]
+        rows.append(tuple(row.tolist()))
+    return tuple(rows)
+
+
+def padded(rows, T: int | None = None) -> tuple[jax.Array, jax.Array]:
+    """(tokens_BT, length_B), padded on the right with a token that is in the vocabulary."""
+    T = T or max(map(len, rows))
+    tokens = np.full((len(rows), T), 7, np.int32)
+    for out, row in zip(tokens, rows, strict=True):
+        out[: len(row)] = row
+    return jnp.asarray(tokens), jnp.asarray([len(row) for row in rows], jnp.int32)
+
+
+def read(policy, rows=None, *, cfg=CFG, dtype="float32", cut=None, chunk=None, evidence=(), T=None) -> Prompt:
+    """Prefill."""
+    tokens, length = padded(rows or prompts(), T)
+    wanted = tuple(dict.fromkeys((*policy.needs(), *evidence)))
+    return prefill(params(cfg, dtype), cfg, tokens, length, evidence=wanted, cut=cut, chunk=chunk)
+
+
+def start(
+    prompt: Prompt, policy, drafter=Plain(), *, cfg=CFG, new=NEW, how=GREEDY, eos=(), seed=0, rows=None, keys=None
+) -> Decoding:
+    """Pack, and draw the first token. rows: which rows of a batch these are, for their noise."""
+    B = prompt.tokens_BT.shape[0]
+    layers = pack(policy, prompt.layers, Room(new, drafter.nodes if drafter.nodes > 1 else 0), cfg)
+    table = jnp.pad(prompt.tokens_BT, ((0, 0), (0, new)))
+    keys = row_keys(seed, jnp.asarray(rows if rows is not None else range(B))) if keys is None else keys
+    limit = jnp.full(B, new, jnp.int32)
+    gone = prompt.length_B - prompt.next_B
+    return begin(layers, table, prompt.length_B, gone, prompt.logits_BV, drafter, keys, limit, how, eos)
+
+
+def go(s: Decoding, policy, drafter=Plain(), *, cfg=CFG, dtype="float32", how=GREEDY, eos=(), steps=1000) -> Decoding:
+    """Decode to the end, or for so many passes. Consumes `s`."""
+    return run(params(cfg, dtype), cfg, s, jnp.int32(steps), policy=policy, drafter=drafter, how=how, eos=eos)
+
+
+def decode(policy=Full(), drafter=Plain(), rows=None, *, cfg=CFG, dtype="float32", cut=None, chunk=None, T=None, **options) -> Decoding:
+    """Everything from prompts to the last state."""
+    prompt = read(policy, rows, cfg=cfg, dtype=dtype, cut=cut, chunk=chunk, T=T)
+    named = {name: options[name] for name in ("how", "eos") if name in options}
+    return go(start(prompt, policy, drafter, cfg=cfg, **options), policy, drafter, cfg=cfg, dtype=dtype, **named)
+
+
+def text(s: Decoding) -> list[list[int]]:
+    """The new tokens of each row."""
+    tokens, count, made = (np.asarray(x) for x in (s.tokens_BS, s.count_B, s.made_B))
+    return [row[c - n : c].tolist() for row, c, n in zip(tokens, count, made, strict=True)]
+
+
+def forced(policy, layers, prompt: Prompt, tokens_BT, *, cfg=CFG):
+    """One-row decoding of given tokens: yields (logits_BV, layers) after each. One compiled layer serves all steps."""
+    tokens_BT, one = np.asarray(tokens_BT, np.int32), jnp.ones(len(tokens_BT), jnp.int32)
+    for t in range(tokens_BT.shape[1]):
+        token = jnp.asarray(tokens_BT[:, t : t + 1])
+        logits, layers = extend(params(cfg), cfg, layers, token, prompt.next_B + t, one, policy)
+        yield np.asarray(logits)[:, 0], layers
+
+
+def kept(policy, layer) -> list[list[list[int]]]:
+    """Ascending orders of the rows that each sequence and kv head still holds."""
+    return [[sorted(int(o) for o in head if o >= 0) for head in row] for row in np.asarray(policy.kept(layer))]

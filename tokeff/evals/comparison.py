@@ -1,0 +1,207 @@
+"""An experiment that puts combinations of parts side by side on one text: quality, bytes, speed and the tokens each kept."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+
+from tokeff.data import tasks
+from tokeff.decode.draft import Drafter, Plain
+from tokeff.errors import UserError
+from tokeff.evals.cost import cost
+from tokeff.evals.fidelity import Encoded, Quality, Reader, encode_example
+from tokeff.evals.stats import better_than, mean
+from tokeff.experiment import Experiment, Row
+from tokeff.generation import Setup
+from tokeff.kv.policy import Full, Policy
+from tokeff.kv.prefill import Prompt
+from tokeff.listing import methods
+from tokeff.models.fetch import cache_dir
+from tokeff.models.load import Model, load
+from tokeff.reduce.prune import LastRowTopK
+from tokeff.report.figures import Bars, Figure, Lines, Scatter
+from tokeff.report.kept import Kept
+
+BASE, CHANCE = "Full", "Random"
+
+
+@dataclass(frozen=True)
+class Line(Row):
+    """One combination. `method` names a listed method; the parts are what is measured."""
+
+    kv: Policy = field(default_factory=Full)
+    cut: LastRowTopK | None = None
+    decode: Drafter = field(default_factory=Plain)
+
+    @property
+    def setup(self) -> Setup:
+        return Setup(self.kv, self.cut, self.decode)
+
+
+def line(method: str, **settings: Any) -> Line:
+    """The listed method with these settings, alone."""
+    found = {x.name: x for x in methods()}[method]
+    return Line(method, **{found.part: found.make(**settings)})
+
+
+class Bench:
+    """The model, and per context length the text, its prefills and the reference figures; made when first needed."""
+
+    def __init__(self, experiment: Comparison, m: Model):
+        self.experiment, self.m = experiment, m
+        self.readers: dict[int, Reader] = {}
+        self.qualities: dict[tuple[int, Policy, Any], Quality] = {}
+        self.greedy: dict[int, list[int]] = {}
+
+    def reader(self, length: int) -> Reader:
+        if length not in self.readers:
+            example = tasks.make(self.experiment.task, self.experiment.seed, length, lambda t: self.m.tokenizer.encode(t))
+            self.readers[length] = Reader(self.m, encode_example(self.m, example))
+        return self.readers[length]
+
+    def quality(self, length: int, setup: Setup) -> Quality:
+        """Drafters do not change what is generated, so combinations that differ in them only share this."""
+        key = (length, setup.kv, setup.cut)
+        if key not in self.qualities:
+            self.qualities[key] = self.reader(length).quality(Setup(setup.kv, setup.cut))
+        return self.qualities[key]
+
+
+@dataclass(frozen=True)
+class Comparison(Experiment):
+    """Every row on one text of `task` at each of `contexts`, and its decode speed alone at each of `speeds`."""
+
+    rows: tuple[Line, ...]  # type: ignore[assignment]
+    model: str = "smollm2-135m"
+    """A preset, a folder, a repo id or a .gguf file."""
+    task: str = "multi_question"
+    """The synthetic task whose text and questions are used."""
+    contexts: tuple[int, ...] = (2048,)
+    """Context lengths in tokens at which everything is measured."""
+    speeds: tuple[int, ...] = ()
+    """Further context lengths at which only speed and bytes are measured."""
+    new: int = 64
+    """Greedy tokens generated and timed."""
+    seed: int = 0
+    """Which text and questions."""
+
+    def check(self) -> None:
+        for length in self.contexts + self.speeds:
+            for row in self.rows:
+                row.kv.check(_Shape, length) if row.cut is None else row.cut.check(_Shape, length)
+        if BASE not in {row.method for row in self.rows}:
+            raise UserError(f"a comparison needs the row {BASE!r} to compare with; add line({BASE!r})")
+
+    def keys(self) -> list[str]:
+        whole = [f"{row.method}/{n}" for n in self.contexts for row in self.rows]
+        return whole + [f"{row.method}/{n}/speed" for n in self.speeds for row in self.rows]
+
+    def prepare(self) -> Bench:
+        compile_cache()
+        return Bench(self, load(self.model))
+
+    def measure(self, context: Bench, key: str) -> dict[str, Any]:
+        method, length, *only = key.split("/")
+        row = next(r for r in self.rows if r.method == method)
+        figures = speed(context, row, int(length), self.new, pictures=not only)
+        return figures if only else figures | quality(context, row, int(length), self.rows)
+
+    def report(self) -> tuple[Figure, ...]:
+        return (
+            Scatter("held", "kl", "Distance from the full cache against bytes held", log_y=True),
+            Scatter("read", "kl", "Distance from the full cache against bytes read per step", log_y=True),
+            Lines("context", "decode_tok_s", "Decoding speed against context length"),
+            Bars("decode_tok_s", "Decoding speed", reference=BASE),
+        )
+
+
+def compile_cache() -> None:
+    """Keep compiled programs on disk, so that a resumed run starts where it stopped."""
+    jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+class _Shape:
+    """Before the model is loaded only layer numbers below any real model's are let through."""
+
+    L = 10**6
+
+
+def speed(bench: Bench, row: Line, length: int, new: int, pictures: bool) -> dict[str, Any]:
+    """Bytes, seconds and kept tokens of one row."""
+    m, setup, reader = bench.m, row.setup, bench.reader(length)
+    listed = {x.name: x for x in methods()}[row.method]
+    prompt, prefill_s = timed_prefill(reader, setup)
+    ratios, timing, layers = cost(m, prompt, setup, new)
+    figures: dict[str, Any] = {
+        "method": row.method, "family": listed.family, "lossless": listed.lossless, "budgeted_by": listed.budgeted_by,
+        "budget": budget_of(row), "context": length, "held": ratios.held, "read": ratios.read, "peak": ratios.peak,
+        "prefill_s": prefill_s, "decode_tok_s": timing.tokens_per_s, "tokens_per_pass": (len(timing.tokens) - 1) / timing.passes,
+        "first_s": timing.first_s, "greedy_match": greedy_match(bench, length, row, timing.tokens),
+    }  # fmt: skip
+    if ratios.held >= 0.99 and ratios.read >= 0.99 and (figures["budget"] or 1.0) < 1:
+        raise UserError(f"{row.method} held and read everything at a budget of {figures['budget']}; its settings are inactive here")
+    if pictures:
+        figures["kept"] = kept(m, reader.text, prompt, setup, layers)
+    return figures
+
+
+def greedy_match(bench: Bench, length: int, row: Line, tokens: list[int]) -> float:
+    """Share of the continuation before its first token that differs from the full cache's."""
+    if row.setup == Setup():
+        bench.greedy[length] = tokens
+    if length not in bench.greedy:  # the full cache was measured by an earlier, interrupted run
+        full = Setup()
+        bench.greedy[length] = cost(bench.m, bench.reader(length).context(full), full, len(tokens), runs=0)[1].tokens
+    same = np.asarray(tokens) == np.asarray(bench.greedy[length])
+    return float(same.cumprod().mean())
+
+
+def timed_prefill(reader: Reader, setup: Setup) -> tuple[Prompt, float]:
+    """The context's prefill and its seconds, compiled code warm."""
+    reader.context(setup)
+    start = time.perf_counter()
+    prompt = jax.block_until_ready(reader._whole(reader.text.context, setup))
+    return prompt, time.perf_counter() - start
+
+
+def budget_of(row: Line) -> float | None:
+    for part in (row.cut, row.kv, getattr(row.kv, "rule", None)):
+        if getattr(part, "budget", None) is not None:
+            return float(part.budget)  # type: ignore[union-attr]
+    return None
+
+
+def kept(m: Model, text: Encoded, prompt: Prompt, setup: Setup, layers) -> Kept:
+    """The rows that each layer's queries may still read after the prompt, as places in the text."""
+    found = []
+    for layer in layers:
+        order = np.asarray(setup.kv.kept(layer))[0]
+        if prompt.place_BM is not None:
+            place = np.asarray(prompt.place_BM)[0]
+            order = np.where((order >= 0) & (order < len(place)), place[np.clip(order, 0, len(place) - 1)], -1)
+        found.append(order)
+    return Kept(found, tuple(m.tokenizer.decode([t]) for t in text.context), text.needles)
+
+
+def quality(bench: Bench, row: Line, length: int, rows: tuple[Line, ...]) -> dict[str, Any]:
+    """Answers, loss and distance from the full cache of one row, with intervals."""
+    base = bench.quality(length, next(r for r in rows if r.method == BASE).setup)
+    mine = bench.quality(length, row.setup)
+    kl, n = mean(mine.kl(base)), len(mine.exact)
+    loss, answer, top1 = mean(mine.nll), mean(mine.logprob), mean(mine.top1(base))
+    figures: dict[str, Any] = {
+        "needles_exact": int(mine.exact.sum()), "n": n, "answer_logprob": answer.value,
+        "answer_logprob_lo": answer.low, "answer_logprob_hi": answer.high,
+        "loss": loss.value, "loss_lo": loss.low, "loss_hi": loss.high, "loss_n": loss.n,
+        "kl": kl.value, "kl_lo": kl.low, "kl_hi": kl.high, "kl_n": kl.n, "top1_agree": top1.value,
+    }  # fmt: skip
+    chance = next((r for r in rows if r.method == CHANCE), None)
+    if chance is not None and row.method not in (BASE, CHANCE):
+        theirs = bench.quality(length, chance.setup).kl(base)
+        figures["beats_random"] = better_than(mine.kl(base), theirs, higher_is_better=False).better
+    return figures

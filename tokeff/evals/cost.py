@@ -1,0 +1,87 @@
+"""What one combination of parts costs in bytes and seconds: held, read, peak; prefill seconds, tokens per second."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tokeff.decode.loop import Decoding, run
+from tokeff.generation import Setup, decoding, new_tokens
+from tokeff.kv.extend import pack
+from tokeff.kv.policy import tree_bytes
+from tokeff.kv.prefill import Prompt
+from tokeff.models.config import Config
+from tokeff.models.flow import Here
+from tokeff.models.load import Model
+
+
+def dense_bytes(cfg: Config, rows: int, dtype: str) -> int:
+    """Bytes of K and V of `rows` tokens in every layer: what all ratios are ratios to."""
+    return 2 * cfg.L * cfg.K * cfg.H * rows * np.dtype(jnp.dtype(dtype)).itemsize
+
+
+@dataclass(frozen=True)
+class Ratios:
+    """held: every array of the caches after the prompt, spare slots, tables and statistics included. read: bytes of them that one
+    decode step reads. peak: what the compiled decode program needs beside the weights. All over `dense_bytes` of the prompt."""
+
+    held: float
+    read: float
+    peak: float
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Decoding after warm-up: generated tokens, model passes, seconds of the fastest of the runs."""
+
+    tokens: list[int]
+    passes: int
+    seconds: float
+    first_s: float
+
+    @property
+    def tokens_per_s(self) -> float:
+        return (len(self.tokens) - 1) / self.seconds  # the first token came from the prefill
+
+
+def read_bytes(setup: Setup, layers: tuple[Any, ...], cfg: Config) -> int:
+    return sum(setup.kv.bytes_read(layer, Here(i, cfg)) for i, layer in enumerate(layers))
+
+
+def cost(m: Model, prompt: Prompt, setup: Setup, new: int, runs: int = 2) -> tuple[Ratios, Timing, tuple[Any, ...]]:
+    """Pack the prompt, measure its bytes, and time `new` greedy tokens. Returns the packed layers too."""
+    cfg, steps = m.cfg, jnp.int32(new)
+    layers = pack(setup.kv, prompt.layers, setup.room(new), cfg)
+    args = dict(policy=setup.kv, drafter=setup.decode, how=setup.sampling, eos=())
+
+    def begin() -> Decoding:
+        # A copy, because the loop consumes its state in place.
+        s = decoding(layers, prompt.tokens_BT, prompt.length_B, prompt.next_B, prompt.logits_BV, setup, new, 0, ())
+        return jax.block_until_ready(jax.tree.map(jnp.copy, s))
+
+    start = time.perf_counter()
+    program = run.lower(m.params, cfg, begin(), steps, **args).compile()
+    end = jax.block_until_ready(program(m.params, begin(), steps))
+    first = time.perf_counter() - start
+    seconds = [_timed(program, m.params, begin(), steps) for _ in range(runs)] or [first]
+    base = dense_bytes(cfg, int(prompt.length_B[0]), m.precision.cache)
+    ratios = Ratios(tree_bytes(layers) / base, read_bytes(setup, layers, cfg) / base, peak_bytes(program, m.params) / base)
+    return ratios, Timing(new_tokens(end)[0], int(end.passes_B[0]), min(seconds), first), layers
+
+
+def _timed(program, params, s: Decoding, steps) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(program(params, s, steps))
+    return time.perf_counter() - start
+
+
+def peak_bytes(program, params) -> int:
+    """Arguments, results and temporaries of a compiled program, shared buffers counted once, without the weights."""
+    a = program.memory_analysis()
+    whole = a.argument_size_in_bytes + a.output_size_in_bytes - a.alias_size_in_bytes + a.temp_size_in_bytes
+    return max(int(whole) - tree_bytes(params), 0)
