@@ -39,6 +39,8 @@ setup(
         "matplotlib>=3.10",
         "rich>=14",
         "tyro>=1.0",
+        "tqdm>=4.66",
+        "importlib_resources>=6",
     ],
     extras_require={
         "test": [

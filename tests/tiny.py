@@ -20,6 +20,7 @@ from tokeff.kv.prefill import Prompt, prefill
 from tokeff.models.config import Block, Config, Params
 
 CFG = Config("tiny", V=61, D=32, F=48, L=4, N=4, K=2, H=8, max_len=256, tied=False)
+FULL, PLAIN = Full(), Plain()
 LENGTHS = (64, 51)
 NEW = 20
 TREE = ((0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0))
@@ -108,7 +109,7 @@ def read(policy, rows=None, *, cfg=CFG, dtype="float32", cut=None, chunk=None, e
 
 
 def start(
-    prompt: Prompt, policy, drafter=Plain(), *, cfg=CFG, new=NEW, how=GREEDY, eos=(), seed=0, rows=None, keys=None
+    prompt: Prompt, policy, drafter=PLAIN, *, cfg=CFG, new=NEW, how=GREEDY, eos=(), seed=0, rows=None, keys=None
 ) -> Decoding:
     """Pack, and draw the first token. rows: which rows of a batch these are, for their noise."""
     B = prompt.tokens_BT.shape[0]
@@ -120,12 +121,12 @@ def start(
     return begin(layers, table, prompt.length_B, gone, prompt.logits_BV, drafter, keys, limit, how, eos)
 
 
-def go(s: Decoding, policy, drafter=Plain(), *, cfg=CFG, dtype="float32", how=GREEDY, eos=(), steps=1000) -> Decoding:
+def go(s: Decoding, policy, drafter=PLAIN, *, cfg=CFG, dtype="float32", how=GREEDY, eos=(), steps=1000) -> Decoding:
     """Decode to the end, or for so many passes. Consumes `s`."""
     return run(params(cfg, dtype), cfg, s, jnp.int32(steps), policy=policy, drafter=drafter, how=how, eos=eos)
 
 
-def decode(policy=Full(), drafter=Plain(), rows=None, *, cfg=CFG, dtype="float32", cut=None, chunk=None, T=None, **options) -> Decoding:
+def decode(policy=FULL, drafter=PLAIN, rows=None, *, cfg=CFG, dtype="float32", cut=None, chunk=None, T=None, **options) -> Decoding:
     """Everything from prompts to the last state."""
     prompt = read(policy, rows, cfg=cfg, dtype=dtype, cut=cut, chunk=chunk, T=T)
     named = {name: options[name] for name in ("how", "eos") if name in options}

@@ -10,7 +10,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import triton
 
-__all__ = ["context_mesh", "interpret_tpu", "pl", "pltpu", "races_found", "shard_map", "tpu_params", "triton", "triton_params"]
+__all__ = [
+    "context_mesh",
+    "interpret_tpu",
+    "pl",
+    "pltpu",
+    "races_found",
+    "shard_map",
+    "tpu_params",
+    "triton",
+    "triton_params",
+]
 
 
 def shard_map(f, mesh, in_specs, out_specs):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +17,13 @@ from tokeff.errors import UserError
 from tokeff.kv.cache import Room
 from tokeff.kv.extend import extend, pack
 from tokeff.kv.policy import Ask, Full, Policy
-from tokeff.kv.prefill import Prompt, prefill
+from tokeff.kv.prefill import Prompt, join, prefill
 from tokeff.models.load import Model
 from tokeff.reduce.prune import LastRowTopK
 from tokeff.sharding import beside, follow
+
+if TYPE_CHECKING:
+    from tokeff.context import Compressed
 
 
 @dataclass(frozen=True)
@@ -144,18 +148,43 @@ def generate(
     seed: int = 0,
     chunk: int | None = None,
     stop: bool = True,
+    cache: Compressed | None = None,
 ) -> Generation:
     """Continue each prompt by up to `max_new` tokens.
 
     kv: what each layer keeps and reads. cut: which prompt rows go on through the network. decode: how many tokens a pass may
-    commit. chunk: prefill in pieces of so many tokens. stop: end a row at the model's end-of-sequence tokens. A row's tokens
-    depend on (seed, row) alone. Raises UserError, before computing anything, for parts that do not fit.
+    commit. chunk: prefill in pieces of so many tokens. stop: end a row at the model's end-of-sequence tokens. cache: a compressed
+    context that every prompt continues, under the parts it was compressed with. A row's tokens depend on (seed, row) alone.
+    Raises UserError, before computing anything, for parts that do not fit.
     """
+    if cache is not None:
+        if (kv, cut, decode, chunk) != (None, None, None, None):
+            raise UserError("the compressed context fixes kv, cut and decode; give them to compress instead")
+        return finished(m, ask(m, cache, encode(m, prompts), sampling, seed, max_new, m.cfg.eos if stop else ()))
     setup = Setup(kv or Full(), cut, decode or Plain(), sampling)
     ids, eos = encode(m, prompts), m.cfg.eos if stop else ()
     setup.check(m, [len(row) for row in ids], max_new)
     s = start(m, read(m, ids, setup, chunk=chunk), setup, max_new, seed, eos)
     return finished(m, go(m, s, setup, max_new, eos))
+
+
+def ask(m: Model, cache: Compressed, ids: list[list[int]], sampling: Sampling, seed: int, new: int, eos) -> Decoding:
+    """Continue one compressed context by several prompts at once, each on a copy of its own."""
+    setup = replace(cache.setup, sampling=sampling)
+    longest, n = max(map(len, ids)), len(cache.tokens)
+    if not all(ids):
+        raise UserError("a prompt is empty; give at least one token behind the context")
+    if longest + new > cache.room:
+        raise UserError(f"{longest} + {new} tokens do not fit the context's room of {cache.room}; compress with room={longest + new}")
+    setup.sampling.check(len(ids))
+    tokens, length = pad(ids, longest)
+    B = len(ids)
+    layers, context = jax.tree.map(lambda x: jnp.repeat(x, B, axis=0), (cache.layers, jnp.asarray([cache.tokens], jnp.int32)))
+    start_B, before_B = jnp.full(B, cache.next, jnp.int32), jnp.full(B, n, jnp.int32)
+    logits, layers = extend(m.params, m.cfg, layers, tokens, start_B, length, setup.kv)
+    last = jnp.take_along_axis(logits, (length - 1)[:, None, None], axis=1)[:, 0]
+    s = decoding(layers, join(context, before_B, tokens), before_B + length, start_B + length, last, setup, new, seed, eos)
+    return go(m, s, setup, new, eos)
 
 
 def stream(m: Model, prompt: str | Sequence[int], *, every: int = 4, max_new: int = 64, **parts) -> Iterator[str]:
@@ -174,5 +203,3 @@ def stream(m: Model, prompt: str | Sequence[int], *, every: int = 4, max_new: in
             return
         s = go(m, s, setup, every, eos)
 
-
-__all__ = ["Generation", "Setup", "decoding", "encode", "extend", "generate", "go", "pad", "read", "start", "stream"]

@@ -101,13 +101,15 @@ RECYCLING = _paper(
 )  # fmt: skip
 
 _ALL = {"budget": 1.0}
+_KEEP = {"budget": 1.0, "evict": 0}
+_BLOCKS = {"evict": 16}
 
 METHODS: tuple[Method, ...] = (
     Method("Full", "kv", "baseline", kv.full, True, identity={}),
     Method("Random", "kv", "baseline", kv.random_rows, False, budgeted_by="held", identity=_ALL),
     Method("Recent", "kv", "baseline", kv.recent_rows, False, budgeted_by="held", identity=_ALL),
-    Method("StreamingLLM", "kv", "kv", kv.streaming_llm, False, STREAMING, budgeted_by="held", identity={"budget": 1.0, "evict": 0}, fast={"evict": 16}),
-    Method("H2O", "kv", "kv", kv.h2o, False, H2O, budgeted_by="held", identity={"budget": 1.0, "evict": 0}, fast={"evict": 16}),
+    Method("StreamingLLM", "kv", "kv", kv.streaming_llm, False, STREAMING, budgeted_by="held", identity=_KEEP, fast=_BLOCKS),
+    Method("H2O", "kv", "kv", kv.h2o, False, H2O, budgeted_by="held", identity=_KEEP, fast=_BLOCKS),
     Method("SnapKV", "kv", "kv", kv.snapkv, False, SNAPKV, budgeted_by="held", identity=_ALL),
     Method("AdaKV", "kv", "kv", kv.adakv, False, ADAKV, budgeted_by="held", identity=_ALL),
     Method("ShadowKV", "kv", "kv", kv.shadowkv, False, SHADOWKV, budgeted_by="read", identity={"budget": 1.0, "rank": 1.0}),

@@ -16,7 +16,7 @@ ACCELERATOR = (
     Case("8b_32k_pages32x64", B=8, N=32, K=8, C=32768, H=128, M=32, page_size=64, dtype="bfloat16"),
     Case("smol_8k_f32", C=8192),
     Case("smol_odd", C=2001),
-    Case("smol_8k_pages32x32", C=8192, M=32, page_size=32, dtype="bfloat16"),
+    Case("smol_8k_pages8x128", C=8192, M=8, page_size=128, dtype="bfloat16"),
     Case("gemma2_4k_softcap", N=8, K=4, C=4096, H=256, softcap=50.0, dtype="bfloat16"),
 )
 CASES = CPU + ACCELERATOR

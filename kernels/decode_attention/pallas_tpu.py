@@ -9,8 +9,11 @@ the pages are blocks of slots, one a step, and the table drops the blocks that h
 the highest hi: the empty tail of a cache is not read either. A dropped entry repeats the page its operand holds
 already, which the pipeline does not fetch again.
 
-HBM bytes: 2 * (slots read) * H * itemsize for each (B, K), plus 4 a slot for orders. H below 128 moves and stores 128
-lanes: at H = 64 the array itself is twice its nominal size.
+Along the lanes, 128 wide, lies H where it is a multiple of 128. Any other H would waste lanes, so XLA keeps such a
+cache with C along the lanes; the kernel then takes K and V as (H, slots), which is that layout and costs no copy. A
+page must be whole tiles of it: 128 slots there, 8 (float32) or 16 (bfloat16) otherwise.
+
+HBM bytes: 2 * (slots read) * H * itemsize for each (B, K), plus 4 a slot for orders.
 """
 
 import functools
@@ -40,8 +43,9 @@ def refusal(q_BTNH, k_BKCH, v_BKCH, order_BKC, lo_BT, hi_BT, page_BKM=None, *, p
         return f"T * G = {T * N // K} query rows a kv head exceed {MAX_ROWS}"
     if page_BKM is None:
         return None
-    if page_size % _sublanes(k_BKCH.dtype):
-        return f"page_size {page_size} is not a multiple of {_sublanes(k_BKCH.dtype)}, the rows of a {k_BKCH.dtype} tile"
+    tile = LANES if slots_on_lanes(k_BKCH) else _sublanes(k_BKCH.dtype)
+    if page_size % tile:
+        return f"page_size {page_size} is not a multiple of {tile}, the slots of a {k_BKCH.dtype} tile at H = {k_BKCH.shape[3]}"
     if page_BKM.size > MAX_TABLE:
         return f"a table of {page_BKM.size} pages exceeds {MAX_TABLE} entries of scalar memory"
     return None
@@ -58,21 +62,23 @@ def run(q_BTNH, k_BKCH, v_BKCH, order_BKC, lo_BT, hi_BT, page_BKM=None, *, page_
     else:
         n = LANES // math.gcd(page_size, LANES)  # pages a step, so that their orders fill whole lane tiles
         page_BKM, order_BKX = _pad_pages(page_BKM, order_BKC, page_size, n)
-    steps = page_BKM.shape[2] // n
+    steps, on_lanes = page_BKM.shape[2] // n, slots_on_lanes(k_BKCH)
+    k, v = (x.swapaxes(2, 3) if on_lanes else x for x in (k_BKCH, v_BKCH))
 
     def page_spec(i):
         def index(b, k, j, table_ref):
             entry = table_ref[_entry(b, k, j, K, steps) * n + i]
-            return b, k, jnp.where(entry < 0, ~entry, entry), 0
+            page = jnp.where(entry < 0, ~entry, entry)
+            return (b, k, 0, page) if on_lanes else (b, k, page, 0)
 
-        return pl.BlockSpec((1, 1, page_size, H), index)
+        return pl.BlockSpec((1, 1, H, page_size) if on_lanes else (1, 1, page_size, H), index)
 
     def head_spec(width):
         return pl.BlockSpec((1, 1, R, width), lambda b, k, j, _: (b, k, 0, 0))
 
     pages = [page_spec(i) for i in range(n)]
     out_BKRH, lse_BKR1 = pl.pallas_call(
-        partial(_kernel, n=n, scale=scale, softcap=softcap),
+        partial(_kernel, n=n, on_lanes=on_lanes, scale=scale, softcap=softcap),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(B, K, steps),
@@ -90,11 +96,11 @@ def run(q_BTNH, k_BKCH, v_BKCH, order_BKC, lo_BT, hi_BT, page_BKM=None, *, page_
         compiler_params=tpu_params("parallel", "parallel", "arbitrary"),
         interpret=interpret,
         name="decode_attention",
-    )(_table(page_BKM, n), bounds_BR2, head_rows(q_BTNH, K, R), order_BKX[:, :, None], *[k_BKCH] * n, *[v_BKCH] * n)
+    )(_table(page_BKM, n), bounds_BR2, head_rows(q_BTNH, K, R), order_BKX[:, :, None], *[k] * n, *[v] * n)
     return tokens(out_BKRH, T, N), tokens(lse_BKR1, T, N)[..., 0]
 
 
-def _kernel(table_ref, bounds_ref, q_ref, order_ref, *refs, n, scale, softcap):
+def _kernel(table_ref, bounds_ref, q_ref, order_ref, *refs, n, on_lanes, scale, softcap):
     """One step of one head. refs: n pages of K, n of V, then out, lse, and the running maximum, sum and output."""
     k_refs, v_refs, (out_ref, lse_ref, top_ref, sum_ref, acc_ref) = refs[:n], refs[n : 2 * n], refs[2 * n :]
     b, k, j = (pl.program_id(axis) for axis in range(3))
@@ -108,15 +114,17 @@ def _kernel(table_ref, bounds_ref, q_ref, order_ref, *refs, n, scale, softcap):
 
     @pl.when(functools.reduce(jnp.logical_or, [table_ref[first + i] >= 0 for i in range(n)]))
     def _add_pages():
-        k_XH, v_XH = (jnp.concatenate([ref[0, 0] for ref in page], 0) for page in (k_refs, v_refs))
+        axis = 1 if on_lanes else 0  # of the slots
+        k, v = (jnp.concatenate([ref[0, 0] for ref in page], axis) for page in (k_refs, v_refs))
         see_RX = visible(order_ref[0, 0], bounds_ref[0])
-        score_RX = masked_scores(q_ref[0, 0], k_XH, see_RX, scale, softcap)
+        score_RX = masked_scores(q_ref[0, 0], k, axis, see_RX, scale, softcap)
         top_R1 = jnp.maximum(top_ref[...], score_RX.max(1, keepdims=True))
         p_RX = jnp.where(see_RX, jnp.exp(score_RX - top_R1), 0)
         decay_R1 = jnp.exp(top_ref[...] - top_R1)
         top_ref[...] = top_R1
         sum_ref[...] = sum_ref[...] * decay_R1 + p_RX.sum(1, keepdims=True)
-        acc_ref[...] = acc_ref[...] * decay_R1 + mxu(p_RX.astype(v_XH.dtype), _unseen_to_zero(v_XH, see_RX), 1, 0)
+        v = jnp.where(_seen(see_RX, axis, v), v, 0)  # 0 * NaN is NaN
+        acc_ref[...] = acc_ref[...] * decay_R1 + mxu(p_RX.astype(v.dtype), v, 1, axis)
 
     @pl.when(j == pl.num_programs(2) - 1)
     def _finish():
@@ -131,9 +139,9 @@ def visible(order_1X, bounds_R2):
     return (order_1X >= bounds_R2[:, :1]) & (order_1X <= bounds_R2[:, 1:])
 
 
-def masked_scores(q_RH, k_XH, see_RX, scale, softcap):
-    """Return float32 scores, LOW where a row does not see the slot (whatever NaN the slot held)."""
-    score_RX = mxu(q_RH, k_XH, 1, 1) * scale
+def masked_scores(q_RH, k, axis, see_RX, scale, softcap):
+    """Return float32 scores, LOW where a row does not see the slot (whatever NaN the slot held). axis: K's slots."""
+    score_RX = mxu(q_RH, k, 1, 1 - axis) * scale
     if softcap:
         score_RX = softcap * jnp.tanh(score_RX / softcap)
     return jnp.where(see_RX, score_RX, LOW)
@@ -146,15 +154,16 @@ def mxu(a, b, a_axis, b_axis):
     return jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _unseen_to_zero(v_XH, see_RX):
-    """Empty the slots that no row sees, since 0 * NaN is NaN.
+def _seen(see_RX, axis, v):
+    """Return which slots some row sees, to broadcast against V, whose slots lie along `axis`.
 
-    The mask has slots along the lanes, V along the sublanes. Counting seers with a product against ones lands the
-    count in the layout of V, where a transpose of a single row is awkward.
+    The mask has its slots along the lanes. Where V has them along the sublanes, a product against ones counts the rows
+    in the layout of V: transposing a single row is awkward.
     """
-    see_RX = see_RX.astype(v_XH.dtype)
-    ones_RH = jnp.ones((see_RX.shape[0], v_XH.shape[1]), v_XH.dtype)
-    return jnp.where(mxu(see_RX, ones_RH, 0, 0) > 0, v_XH, 0)
+    if axis == 1:
+        return see_RX.astype(jnp.float32).max(0, keepdims=True) > 0
+    ones_RH = jnp.ones((see_RX.shape[0], v.shape[1]), v.dtype)
+    return mxu(see_RX.astype(v.dtype), ones_RH, 0, 0) > 0
 
 
 def _live_blocks(order_BKC, lo_BT, hi_BT, slots):
@@ -186,9 +195,13 @@ def _entry(b, k, j, K, steps):
 
 
 def _block_slots(C, R):
-    """Return how many slots a block holds: big enough to hide a step's cost, small enough for (R, slots) scores."""
-    slots = max(LANES, min(1024, 2**18 // R // LANES * LANES))
-    return min(slots, round_up(C, 8))
+    """Return how many slots a block holds: enough to hide the cost of a step, few enough for (R, slots) scores."""
+    return min(C, max(LANES, min(1024, 2**18 // R // LANES * LANES)))
+
+
+def slots_on_lanes(k_BKCH):
+    """Return whether XLA lays a cache of this shape out with its slots, not H, along the lanes."""
+    return k_BKCH.shape[3] % LANES != 0
 
 
 def _sublanes(dtype):

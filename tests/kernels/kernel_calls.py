@@ -19,8 +19,12 @@ PAGED = (
     Case("rows", B=2, T=2, N=6, K=2, C=50, H=16, M=9, page_size=1),
     Case("pages_odd", B=1, T=2, N=4, K=2, C=50, H=16, M=3, page_size=3),
     Case("pages16", B=2, T=3, N=4, K=2, C=150, H=16, M=5, page_size=16),  # the last page is cut at 150
-    Case("pages32", B=1, T=1, N=4, K=2, C=320, H=16, M=6, page_size=32),
+    Case("pages128", B=2, T=3, N=4, K=2, C=500, H=16, M=2, page_size=128),
 )
+WIDE = Case(
+    "wide", B=2, T=3, N=6, K=2, C=300, H=128
+)  # heads as wide as a TPU tile, which its kernel lays out its own way
+WIDE_PAGED = Case("wide_pages16", B=2, T=3, N=4, K=2, C=150, H=128, M=5, page_size=16)
 TOLERANCE = {"float32": 1e-5, "bfloat16": 3e-2}
 
 

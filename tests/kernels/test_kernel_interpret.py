@@ -7,9 +7,10 @@ raises on reads out of bounds, fills what was never written with NaN, and finds 
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from kernel_calls import PAGED, SMALL, assert_close, attention_call, mass_call, params, ragged
+from kernel_calls import PAGED, SMALL, WIDE, WIDE_PAGED, assert_close, attention_call, mass_call, params, ragged
 
 from tokeff.compat import interpret_tpu, races_found
 from tokeff.kernels.cases import Case
@@ -21,7 +22,7 @@ from tokeff.kernels.decode_attention import pallas_gpu, pallas_tpu, reference
 pytestmark = pytest.mark.interp
 
 BOTH = ("float32", "bfloat16")
-TPU_PAGED = PAGED[2:]
+TPU_PAGED = (PAGED[3], WIDE_PAGED)
 LONG = Case("long", N=2, K=1, C=1100, H=16)  # more than one block of slots, the last one cut
 
 
@@ -31,12 +32,12 @@ def check(call, kernel, definition, case, interpret):
     assert kernel.refusal(*arrays, **options) is None
     run = jax.jit(partial(kernel.run, interpret=interpret, **options))
     got, again = run(*arrays), run(*arrays)
-    assert_close(got, definition.run(*arrays, **options), case.dtype)
+    assert_close(got, jax.jit(partial(definition.run, **options))(*arrays), case.dtype)
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(again), strict=True):
         np.testing.assert_array_equal(x, y)
 
 
-@pytest.mark.parametrize("case", params((*SMALL, *TPU_PAGED, LONG), BOTH))
+@pytest.mark.parametrize("case", params((*SMALL, *TPU_PAGED, LONG, WIDE), BOTH))
 def test_decode_attention_tpu(case):
     check(attention_call, pallas_tpu, reference, case, True)
 
@@ -46,7 +47,7 @@ def test_decode_attention_gpu(case):
     check(attention_call, pallas_gpu, reference, case, True)
 
 
-@pytest.mark.parametrize("case", params((*SMALL, LONG), BOTH))
+@pytest.mark.parametrize("case", params((*SMALL, LONG, WIDE), BOTH))
 def test_column_mass_tpu(case):
     check(mass_call, mass_tpu, mass_reference, case, True)
 
@@ -56,13 +57,13 @@ def test_column_mass_gpu(case):
     check(mass_call, mass_gpu, mass_reference, case, True)
 
 
-@pytest.mark.parametrize("case", params((SMALL[1], LONG, *TPU_PAGED)) + params((SMALL[2],), ("bfloat16",)))
+@pytest.mark.parametrize("case", params((SMALL[1], LONG, *TPU_PAGED)) + params((WIDE,), ("bfloat16",)))
 def test_decode_attention_tpu_has_no_races_and_stays_in_bounds(case):
     check(attention_call, pallas_tpu, reference, case, interpret_tpu())
     assert not races_found()
 
 
-@pytest.mark.parametrize("case", params((SMALL[1], SMALL[3], LONG)) + params((SMALL[2],), ("bfloat16",)))
+@pytest.mark.parametrize("case", params((SMALL[1], SMALL[3], LONG)) + params((WIDE,), ("bfloat16",)))
 def test_column_mass_tpu_has_no_races_and_stays_in_bounds(case):
     check(mass_call, mass_tpu, mass_reference, case, interpret_tpu())
     assert not races_found()
@@ -72,7 +73,8 @@ def test_blocks_nobody_can_see_are_not_fetched():
     """A page table that drops blocks must not change the result, and must name only the block already held."""
     arrays, options = attention_call(LONG, ragged(LONG))
     q, k, v, order, lo, hi, _ = arrays
-    order = order.at[:, :, 128:].set(-1)  # only the first block of 128 holds anything
+    order = jnp.arange(LONG.C).at[128:].set(-1)[None, None]  # only the first block of 128 holds anything
+    lo = jnp.zeros_like(lo)
     page_BKM, _ = pallas_tpu._live_blocks(order, lo, hi, 128)
     assert page_BKM[0, 0].tolist() == [0] + [-1] * 8
     table = pallas_tpu._table(page_BKM, 1)

@@ -69,7 +69,7 @@ class Keep(Policy):
         """(score_BKS with -inf for padding, forced_BKS, keep_B): forced are the sinks and the last rows of each prompt."""
         keep_B = rows_of(self.budget, rows.count_B)
         exists = (rows.order_BS != EMPTY)[:, None]
-        order, n = rows.order_BS[:, None], rows.count_B[:, None, None]
+        order, n = rows.order_BS[:, None], rows.length_B[:, None, None]
         forced = exists & ((order < self.sinks) | (order >= n - jnp.reshape(self.recent_rows(keep_B), (-1, 1, 1))))
         score = self.score.first(rows, here).astype(jnp.float32)
         return jnp.where(exists, score, -jnp.inf), jnp.broadcast_to(forced, score.shape), keep_B

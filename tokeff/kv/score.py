@@ -104,7 +104,7 @@ class WindowMass(Scorer):
 
     def first(self, rows: Prefilled, here: Here) -> jax.Array:
         # Rows inside the window are kept anyway and must not lend their own large mass to neighbours outside it.
-        n_B = rows.count_B[:, None]
+        n_B = rows.length_B[:, None]
         outside = (rows.order_BS < n_B - self.window)[:, None]
         return pool(jnp.where(outside, rows.evidence_BKS[Ask(last=self.window)], 0.0), self.kernel, self.pool)
 

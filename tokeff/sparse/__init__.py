@@ -1,0 +1,5 @@
+"""What a query reads of a cache that keeps everything."""
+
+from tokeff.sparse.methods import tidaldecode
+
+__all__ = ["tidaldecode"]

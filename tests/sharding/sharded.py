@@ -1,0 +1,67 @@
+"""The tiny model of `tiny` with more heads, 8 ragged prompts, and whole generations on and off a mesh."""
+
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tiny
+
+from tokeff import sharding
+from tokeff.decode.loop import Decoding
+from tokeff.generation import Setup, go, read, start
+from tokeff.kv.prefill import Prompt
+from tokeff.listing import methods
+from tokeff.models.config import Config, Precision
+from tokeff.models.load import Model
+
+LENGTHS = (64, 51, 60, 64, 43, 64, 57, 64)
+NEW = 12
+METHODS = {m.name: m for m in methods()}
+
+
+def setup(name: str) -> Setup:
+    """A listed method at which it is active on the tiny prompts, everything else plain; 'A+B' combines two."""
+    if "+" in name:
+        policy, drafter = (METHODS[part] for part in name.split("+"))
+        return Setup(kv=policy.make(**tiny.fast(policy)), decode=drafter.make(**tiny.settings(drafter)))
+    return Setup(**{METHODS[name].part: METHODS[name].make(**tiny.settings(METHODS[name]))})
+
+
+@cache
+def model(K: int) -> Model:
+    """A float32 model of K kv heads with two query heads each."""
+    cfg = Config("tiny", V=64, D=32, F=48, L=3, N=2 * K, K=K, H=8, max_len=256, tied=False)
+    params = jax.tree.map(lambda x: jnp.asarray(x, "float32"), tiny.weights(cfg)[0])
+    return Model(cfg, params, None, Precision(), "tiny")
+
+
+@cache
+def placed(K: int, data: int, model_axis: int) -> Model:
+    return sharding.place(model(K), sharding.mesh(data, model_axis))
+
+
+@cache
+def prompts() -> tuple[tuple[int, ...], ...]:
+    rng = np.random.default_rng(2)
+    rows = [rng.integers(0, 64, n) for n in LENGTHS]
+    for row in rows:
+        row[16:40] = row[:24]  # something for drafters to find
+    return tuple(tuple(row.tolist()) for row in rows)
+
+
+def begun(m: Model, name: str, rows=None) -> tuple[Prompt, Decoding]:
+    """(the prefilled prompts, the state before the first decode step)."""
+    prompt = read(m, rows or prompts(), setup(name))
+    return prompt, start(m, prompt, setup(name), NEW)
+
+
+def generated(m: Model, name: str, rows=None) -> tuple[Prompt, Decoding]:
+    """(the prefilled prompts, the state after NEW tokens)."""
+    prompt, s = begun(m, name, rows)
+    return prompt, go(m, s, setup(name), NEW, ())
+
+
+@cache
+def unsharded(K: int, name: str) -> tuple[Prompt, Decoding]:
+    return generated(model(K), name)

@@ -1,0 +1,68 @@
+"""Generation on a mesh equals generation on one device: text, kept rows and caches, for every listed method."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import sharded
+
+from tokeff.kv.shadow import Shadow
+
+pytestmark = pytest.mark.core
+
+COMBINED = "H2O+PromptLookup"  # drafts under eviction
+FEW = ("Full", "H2O", "AdaKV", "TokenRecycling")  # append, evict, a pool that crosses heads, drafts
+MESHES = [(4, 8, 1), (4, 4, 2), (4, 2, 4), (4, 1, 8), (8, 8, 1), (8, 4, 2), (8, 1, 8)]  # kv heads, data, model
+
+
+def fixed(tree):
+    """The same tree with each low-rank pair as its product: eigenvectors are free to turn, the keys they stand for are not."""
+
+    def product(x):
+        return (x.low_BSY @ x.basis_BYKH.reshape(*x.basis_BYKH.shape[:2], -1), *jax.tree.leaves(x)[2:])
+
+    return jax.tree.map(lambda x: product(x) if isinstance(x, Shadow) else x, tree, is_leaf=lambda x: isinstance(x, Shadow))
+
+
+def check_equal(K: int, name: str, m) -> None:
+    """Whole numbers (tokens, orders, counts, owners) are equal; logits and caches agree within 1e-4."""
+    for got, want in zip(sharded.generated(m, name), sharded.unsharded(K, name), strict=True):
+        got, want = fixed(got), fixed(want)
+        for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True):
+            if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+                continue
+            x, y = np.asarray(x), np.asarray(y)
+            where = f"{name} {jax.tree_util.keystr(path)}"
+            if np.issubdtype(x.dtype, np.floating):
+                np.testing.assert_allclose(x, y, atol=1e-4, err_msg=where)
+            else:
+                np.testing.assert_array_equal(x, y, err_msg=where)
+
+
+@pytest.mark.parametrize("name", [*sharded.METHODS, COMBINED])
+def test_every_method(name):
+    check_equal(8, name, sharded.placed(8, 2, 4))
+
+
+@pytest.mark.parametrize("K, data, model", MESHES)
+@pytest.mark.parametrize("name", FEW)
+def test_every_mesh(name, K, data, model):
+    check_equal(K, name, sharded.placed(K, data, model))
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_heads_that_do_not_divide(name):
+    """3 kv heads on model=2: heads are whole on every device, feed-forward and vocabulary are split."""
+    m = sharded.placed(3, 2, 2)
+    block = m.params.blocks[0]
+    assert block.q_NHD.sharding.is_fully_replicated and block.k_KHD.sharding.is_fully_replicated
+    assert block.gate_FD.sharding.spec[0] == "model"
+    check_equal(3, name, m)
+
+
+def test_batch_that_does_not_divide():
+    """3 prompts on data=2 run whole on every device."""
+    rows = sharded.prompts()[:3]
+    _, s = sharded.generated(sharded.placed(4, 2, 4), "Full", rows)
+    _, alone = sharded.generated(sharded.model(4), "Full", rows)
+    np.testing.assert_array_equal(s.tokens_BS, alone.tokens_BS)
