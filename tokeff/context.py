@@ -124,11 +124,12 @@ def compress(
 def abstract(cfg: Config, setup: Setup, rows: tuple[int, ...], room: int, dtype: str):
     """The packed layers as shapes and dtypes, without computing them."""
 
-    def layer(S: int) -> Prefilled:
+    def layer(S: int) -> Any:
         kv = jax.ShapeDtypeStruct((1, cfg.K, S, cfg.H), dtype)
-        ints = [jax.ShapeDtypeStruct(shape, "int32") for shape in ((1, S), (1,), ())]
+        order, length, index = (jax.ShapeDtypeStruct(shape, "int32") for shape in ((1, S), (1,), ()))
         mass = jax.ShapeDtypeStruct((1, cfg.K, S), "float32")
-        return Prefilled(kv, kv, *ints, {ask: mass for ask in setup.kv.needs()})
+        like: Any = Prefilled  # shapes in the place of arrays
+        return like(kv, kv, order, length, index, {ask: mass for ask in setup.kv.needs()})
 
     return jax.eval_shape(lambda layers: setup.kv.pack(layers, setup.room(room), cfg), tuple(map(layer, rows)))
 
@@ -154,7 +155,7 @@ def from_json(value: Any) -> Any:
         return value
     if "tuple" in value:
         return tuple(from_json(v) for v in value["tuple"])
-    cls = CHOICES.get(value.get("type"))
+    cls = CHOICES.get(str(value.get("type")))
     if cls is None:
         raise UserError(f"the saved context uses {value.get('type')!r}, which this version does not know; compress the text again")
     try:

@@ -78,7 +78,7 @@ def encode(m: Model, prompts: str | Sequence[str] | Sequence[Sequence[int]]) -> 
     items = [prompts] if isinstance(prompts, str) else list(prompts)
     if not items:
         raise UserError("no prompts; give a string, a list of strings, or a list of token lists")
-    return [m.tokenizer.encode(p) if isinstance(p, str) else [int(t) for t in p] for p in items]
+    return [m.tok.encode(p) if isinstance(p, str) else [int(t) for t in p] for p in items]
 
 
 def pad(ids: Sequence[Sequence[int]], T: int | None = None) -> tuple[jax.Array, jax.Array]:
@@ -133,7 +133,7 @@ def new_tokens(s: Decoding) -> list[list[int]]:
 
 def finished(m: Model, s: Decoding) -> Generation:
     ids = new_tokens(s)
-    return Generation([m.tokenizer.decode(t) for t in ids], ids, np.asarray(s.passes_B).tolist())
+    return Generation([m.tok.decode(t) for t in ids], ids, np.asarray(s.passes_B).tolist())
 
 
 def generate(
@@ -195,7 +195,7 @@ def stream(m: Model, prompt: str | Sequence[int], *, every: int = 4, max_new: in
     setup.check(m, [len(row) for row in ids], max_new)
     s, said = start(m, read(m, ids, setup, chunk=chunk), setup, max_new, seed, eos), ""
     while True:
-        text, done = m.tokenizer.decode(new_tokens(s)[0]), bool(s.done_B.all())
+        text, done = m.tok.decode(new_tokens(s)[0]), bool(s.done_B.all())
         if done or not text.endswith("\ufffd"):  # half a character waits for its other bytes
             yield text[len(said) :]
             said = text

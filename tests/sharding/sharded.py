@@ -46,7 +46,7 @@ def prompts() -> tuple[tuple[int, ...], ...]:
     rng = np.random.default_rng(2)
     rows = [rng.integers(0, 64, n) for n in LENGTHS]
     for row in rows:
-        row[16:40] = row[:24]  # something for drafters to find
+        row[17:41] = row[:24]  # something for drafters to find, and no two equal chunks
     return tuple(tuple(row.tolist()) for row in rows)
 
 

@@ -13,8 +13,7 @@ from tokeff.errors import UserError
 from tokeff.sharding import top_k
 
 
-@struct.dataclass
-class Draft:
+class Draft(struct.PyTreeNode):
     """A tree of W nodes. Node 0 is the last token (certain to be right); parents come before their children.
 
     parent_BW[b, 0] = 0. Nodes with valid False do not exist.
@@ -107,8 +106,7 @@ class PromptLookup(Drafter):
         return Draft(tokens, parent, jnp.concatenate([jnp.ones(1, bool), valid]))
 
 
-@struct.dataclass
-class Successors:
+class Successors(struct.PyTreeNode):
     """What followed each token of the vocabulary: top_BUY, Y successors of each of U tokens. U is a vocabulary that is looked up,
     not multiplied with, so a mesh leaves it whole: split, every node of the tree would wait for a collective."""
 
@@ -127,7 +125,7 @@ class TokenRecycling(Drafter):
     rank: int = 8
 
     def __post_init__(self):
-        known = {(): 0}
+        known: dict[tuple[int, ...], int] = {(): 0}
         for path in self.tree:
             if path[:-1] not in known or path in known:
                 raise UserError(f"tree node {path} has no parent before it, or stands twice; list parents first")

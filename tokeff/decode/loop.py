@@ -22,8 +22,7 @@ from tokeff.models.flow import EMPTY, Accepted
 from tokeff.models.transformer import embed, stack, unembed
 
 
-@struct.dataclass
-class Decoding:
+class Decoding(struct.PyTreeNode):
     """Everything a generation carries from call to call; save it and it goes on.
 
     tokens_BS: the text, count_B tokens of it known. The last known one is the root of the next draft; rows of all tokens before

@@ -40,7 +40,7 @@ def evaluate(
     setup.check(m, [length], tasks.HELD_OUT)
     mine, base = [], []
     for i in range(n):
-        reader = Reader(m, encode_example(m, tasks.make(task, seed + i, length, m.tokenizer.encode)))
+        reader = Reader(m, encode_example(m, tasks.make(task, seed + i, length, m.tok.encode)))
         mine.append(reader.quality(setup))
         base.append(mine[-1] if setup == full else reader.quality(full))
     exact, full_exact = (np.concatenate([q.exact for q in qs]) for qs in (mine, base))

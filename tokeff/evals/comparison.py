@@ -59,7 +59,7 @@ class Bench:
 
     def reader(self, length: int) -> Reader:
         if length not in self.readers:
-            example = tasks.make(self.experiment.task, self.experiment.seed, length, lambda t: self.m.tokenizer.encode(t))
+            example = tasks.make(self.experiment.task, self.experiment.seed, length, lambda t: self.m.tok.encode(t))
             self.readers[length] = Reader(self.m, encode_example(self.m, example))
         return self.readers[length]
 
@@ -185,7 +185,7 @@ def kept(m: Model, text: Encoded, prompt: Prompt, setup: Setup, layers) -> Kept:
             place = np.asarray(prompt.place_BM)[0]
             order = np.where((order >= 0) & (order < len(place)), place[np.clip(order, 0, len(place) - 1)], -1)
         found.append(order)
-    return Kept(found, tuple(m.tokenizer.decode([t]) for t in text.context), text.needles)
+    return Kept(found, tuple(m.tok.decode([t]) for t in text.context), text.needles)
 
 
 def quality(bench: Bench, row: Line, length: int, rows: tuple[Line, ...]) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def encode_example(m: Model, example: Example) -> Encoded:
     """Each text by itself, so that all questions share one context."""
 
     def ids(text: str) -> tuple[int, ...]:
-        return tuple(m.tokenizer.encode(text))
+        return tuple(m.tok.encode(text))
 
     return Encoded(
         ids(example.context),

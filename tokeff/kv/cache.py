@@ -25,8 +25,7 @@ class Room:
     draft: int = 0
 
 
-@struct.dataclass
-class Draft:
+class Draft(struct.PyTreeNode):
     """W rows that the last call computed and nobody has accepted yet; q and lse only for policies that score by attention."""
 
     k_BKWH: jax.Array
@@ -36,8 +35,7 @@ class Draft:
     lse_BWN: jax.Array | None = None
 
 
-@struct.dataclass
-class Rows:
+class Rows(struct.PyTreeNode):
     """C slots per key/value head. order_BKC says which row a slot holds (EMPTY: none); live_B counts rows per head.
 
     Rows fill slots 0, 1, .... A policy that evicts E rows whenever limit_B is reached names the slots it freed in free_BKE; the
@@ -137,6 +135,7 @@ def evict(rows: Rows, score_BKC: jax.Array, E: int, full_B: jax.Array) -> Rows:
 
     Only order, score and the free list pass through; keys and values stay where they are.
     """
+    assert rows.free_BKE is not None
 
     _, slot = top_k(jnp.where(rows.order_BKC == EMPTY, -jnp.inf, -score_BKC), E, "BKC")
     gone = per_head(lambda order, slot: order.at[slot].set(EMPTY))(rows.order_BKC, slot)

@@ -104,7 +104,7 @@ class Keep(Policy):
     # -- decoding
 
     def vacancy(self, layer: Rows) -> jax.Array | None:
-        return layer.limit_B - layer.live_B if self.evict else None
+        return None if layer.limit_B is None else layer.limit_B - layer.live_B
 
     def attend(self, q, k, v, ask: Flow, new: Flow, layer: Rows, accepted: Accepted | None, across, here: Here):
         q, k = here.rotate(q, ask.angle_BT[:, :, None]), here.rotate(k, new.angle_BT[:, :, None])
@@ -122,7 +122,7 @@ class Keep(Policy):
 
     def make_room(self, layer: Rows, arriving_BT: jax.Array, here: Here) -> Rows:
         """Evict where the rows that arrive would not fit. Small arrays only, and only when some sequence is full."""
-        if not self.evict:
+        if layer.limit_B is None:
             return layer
         full_B = layer.live_B + (arriving_BT != EMPTY).sum(axis=1) > layer.limit_B
         return self.evict_where(layer, full_B, here)
@@ -145,15 +145,16 @@ class Keep(Policy):
         before = layer.draft
         assert before is not None
         layer = commit(layer, accepted)
-        if layer.mass_BKC is None:
-            layer = hold(self.evict_where(layer, layer.live_B >= layer.limit_B, here), k, v, ask.order_BT)
+        full_B = layer.live_B >= jnp.asarray(layer.limit_B)
+        if before.q_BWNH is None or layer.mass_BKC is None:
+            layer = hold(self.evict_where(layer, full_B, here), k, v, ask.order_BT)
             return read_rows(q, layer, ask, here), layer
         asked = jnp.take_along_axis(before.q_BWNH, accepted.path_BW[..., None, None], axis=1)
         logits = scores(jnp.concatenate([asked, q], axis=1), layer.k_BKCH, here.cfg.scale, here.cfg.softcap)
         W = asked.shape[1]
         mass = accepted_mass(logits[..., :W, :], layer, before, accepted, here)
         layer = layer.replace(mass_BKC=layer.mass_BKC + mass)
-        layer = self.evict_where(layer, layer.live_B >= layer.limit_B, here)
+        layer = self.evict_where(layer, full_B, here)
         out, lse = attend_both(logits[..., W:, :], q, k, v, layer, ask, here)
         return out, hold(layer, k, v, ask.order_BT, q, lse)
 
@@ -163,6 +164,7 @@ def read_and_weigh(q_BTNH: jax.Array, layer: Rows, ask: Flow, here: Here) -> tup
     cfg = here.cfg
     seen = visible(layer.order_BKC, here.lo(ask.order_BT), ask.hi_BT)[:, :, None]
     p, _ = softmax(scores(q_BTNH, layer.k_BKCH, cfg.scale, cfg.softcap), seen)
+    assert layer.mass_BKC is not None
     return combine(p, layer.v_BKCH), layer.replace(mass_BKC=layer.mass_BKC + p.sum(axis=(2, 3)))
 
 

@@ -30,6 +30,10 @@ class Ask:
     last: int | None = None
     decay: float = 1.0
 
+    def __lt__(self, other: Ask) -> bool:
+        """Some order: `Prefilled` keeps evidence in a dict, and a pytree sorts its keys."""
+        return (self.last or 0, self.decay) < (other.last or 0, other.decay)
+
     def weight(self, order_BT: jax.Array, length_B: jax.Array) -> jax.Array:
         """weight_BT of each query row, from its distance to the end of the prompt."""
         back = length_B[:, None] - 1 - order_BT
@@ -37,8 +41,7 @@ class Ask:
         return w if self.last is None else jnp.where(back < self.last, w, 0.0)
 
 
-@struct.dataclass
-class Prefilled:
+class Prefilled(struct.PyTreeNode):
     """One layer after the dense prefill: S rows in order, keys rotated, and the evidence that was asked for."""
 
     k_BKSH: jax.Array

@@ -25,8 +25,7 @@ from tokeff.models.attention import NEG, scores
 from tokeff.models.flow import EMPTY, Accepted, Flow, Here
 
 
-@struct.dataclass
-class Pool:
+class Pool(struct.PyTreeNode):
     """Pages of kept rows. owner_BP = EMPTY for a page nobody needed; order_BPR = EMPTY for the unused end of a head's last page."""
 
     k_BPRH: jax.Array
@@ -35,8 +34,7 @@ class Pool:
     owner_BP: jax.Array
 
 
-@struct.dataclass
-class Paged:
+class Paged(struct.PyTreeNode):
     """A layer: what the prompt left (never written again) and what came after."""
 
     pool: Pool

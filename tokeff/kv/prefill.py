@@ -62,8 +62,7 @@ class Gather(Policy):
         return mass if before is None else mass.at[..., : before.shape[-1]].add(before)
 
 
-@struct.dataclass
-class Prompt:
+class Prompt(struct.PyTreeNode):
     """A prefilled batch: the layers, the text as given, and float32 logits after each prompt's last token.
 
     next_B is the order of the row that comes next: `length_B`, less what a restarting pass left out; then place_BM says where in
@@ -131,7 +130,7 @@ def prefill(
     """
     if cut is not None and (after is not None or (chunk is not None and chunk < tokens_BT.shape[1])):
         raise UserError(f"{type(cut).__name__} ranks the whole prompt at layer {cut.layer}; give it in one piece, without chunk")
-    text, given_B, dtype, place = tokens_BT, length_B, dtype or params.embed_VD.dtype, None
+    text, given_B, dtype, place = tokens_BT, length_B, dtype or params.embed_VD.dtype.name, None
     if cut is not None and cut.restart:
         tokens_BT, length_B, place = restart(params, cfg, tokens_BT, length_B, cut, dtype)
         cut = None

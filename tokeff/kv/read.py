@@ -11,8 +11,9 @@ from tokeff.models.attention import combine, scores, softmax
 from tokeff.models.flow import Flow, Here
 
 
-def read_draft(q_BTNH: jax.Array, draft: Draft, ask: Flow, here: Here) -> tuple[jax.Array, jax.Array]:
+def read_draft(q_BTNH: jax.Array, draft: Draft | None, ask: Flow, here: Here) -> tuple[jax.Array, jax.Array]:
     """(out_BTNH, lse_BTN) of draft queries over the draft rows of the same call that they descend from."""
+    assert draft is not None, "this cache was packed without room for drafts"
     cfg = here.cfg
     seen = among(ask, here.lo(ask.order_BT))[:, None, None]
     p, lse = softmax(scores(q_BTNH, draft.k_BKWH, cfg.scale, cfg.softcap), seen)
@@ -28,6 +29,5 @@ def read_rows(q_BTNH: jax.Array, layer: Rows, ask: Flow, here: Here, pages: jax.
         page_BKM=pages, scale=cfg.scale, softcap=cfg.softcap,
     )  # fmt: skip
     if ask.among_BTT is not None:
-        assert layer.draft is not None
         out, _ = merge(out, lse, *read_draft(q_BTNH, layer.draft, ask, here))
     return out

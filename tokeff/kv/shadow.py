@@ -24,8 +24,7 @@ from tokeff.models.flow import EMPTY, Accepted, Flow, Here
 from tokeff.sharding import top_k
 
 
-@struct.dataclass
-class Shadow:
+class Shadow(struct.PyTreeNode):
     """S = P * chunk prompt rows. Key of row s, head k before RoPE = low_BSY[s] @ basis_BYKH[:, k]; Y is the rank.
 
     open_BKP: chunks that a landmark stands for (the others are whole in `exact`, with everything generated later).

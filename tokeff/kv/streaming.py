@@ -35,7 +35,7 @@ class Streaming(Keep):
         else:
             assert accepted is not None
             layer = commit(layer, accepted)
-            if self.evict:
+            if layer.limit_B is not None:
                 layer = self.evict_where(layer, layer.live_B >= layer.limit_B, here)
             layer = hold(layer, k, v, new.order_BT)
             gone_B = new.order_BT[:, 0] - layer.live_B

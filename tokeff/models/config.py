@@ -79,8 +79,7 @@ class Config:
         return self.local_rope if local else self.rope  # type: ignore[return-value]
 
 
-@struct.dataclass
-class Block:
+class Block(struct.PyTreeNode):
     """One layer's weights. Fields that a family does not have are None."""
 
     attn_norm_D: jax.Array
@@ -101,8 +100,7 @@ class Block:
     post_ffn_norm_D: jax.Array | None = None
 
 
-@struct.dataclass
-class Params:
+class Params(struct.PyTreeNode):
     """The whole decoder. `head_VD` is None when the embedding is tied."""
 
     embed_VD: jax.Array

@@ -14,8 +14,7 @@ from tokeff.models.rope import rotate
 EMPTY = -1  # the order of a row that is not there: padding in a Flow, a free slot in a cache
 
 
-@struct.dataclass
-class Flow:
+class Flow(struct.PyTreeNode):
     """T rows of a batch travelling through the layers.
 
     order_BT: place in the sequence; unique, causal, EMPTY for padding. angle_BT: rotary position; may differ from order.
@@ -45,8 +44,7 @@ class Flow:
         )
 
 
-@struct.dataclass
-class Accepted:
+class Accepted(struct.PyTreeNode):
     """Which draft rows of the previous call became real: `path_BW[b, :count_B[b]]` are their indices in that call."""
 
     path_BW: jax.Array

@@ -27,6 +27,13 @@ class Model:
     precision: Precision
     name: str
 
+    @property
+    def tok(self) -> Tokenizer:
+        """The tokenizer; UserError for a model that came without one."""
+        if self.tokenizer is None:
+            raise UserError(f"{self.name} has no tokenizer; put tokenizer.json in its folder, or give token ids")
+        return self.tokenizer
+
     def __repr__(self) -> str:
         return f"Model({self.name!r}, {self.cfg.L} layers, {self.precision})"
 

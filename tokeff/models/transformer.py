@@ -31,15 +31,20 @@ class Attends(Protocol):
         accepted: Accepted | None,
         across: Any,
         here: Here,
+        /,
     ) -> tuple[jax.Array, Any, Any]: ...
 
 
 class Pass(Protocol):
     """Which rows go on through the network from `layer` upwards (`tokeff.reduce`)."""
 
-    layer: int
+    @property
+    def layer(self) -> int: ...
 
-    def choose(self, q_BTNH: jax.Array, k_BTKH: jax.Array, flow: Flow, here: Here) -> jax.Array: ...
+    @property
+    def restart(self) -> bool: ...
+
+    def choose(self, q_BTNH: jax.Array, k_BTKH: jax.Array, flow: Flow, here: Here, /) -> jax.Array: ...
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
@@ -81,7 +86,7 @@ def linear(x: jax.Array, w: jax.Array, out: int = 1) -> jax.Array:
 def project(w: Block, cfg: Config, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Unrotated q_BTNH, k_BTKH, v_BTKH of normed input rows."""
     q, k, v = linear(x_BTD, w.q_NHD, 2), linear(x_BTD, w.k_KHD, 2), linear(x_BTD, w.v_KHD, 2)
-    if w.q_bias_NH is not None:
+    if w.q_bias_NH is not None and w.k_bias_KH is not None and w.v_bias_KH is not None:
         q, k, v = q + w.q_bias_NH, k + w.k_bias_KH, v + w.v_bias_KH
     if w.q_norm_H is not None and w.k_norm_H is not None:
         q, k = rms_norm(q, w.q_norm_H, cfg.eps), rms_norm(k, w.k_norm_H, cfg.eps)

@@ -19,15 +19,13 @@ from tokeff.models.flow import EMPTY, Accepted, Flow, Here
 from tokeff.sharding import top_k
 
 
-@struct.dataclass
-class Selection:
+class Selection(struct.PyTreeNode):
     """Rows to read, by order: slots mean nothing outside their own layer. order_BKTM is EMPTY where there are fewer than M."""
 
     order_BKTM: jax.Array
 
 
-@struct.dataclass
-class Readable:
+class Readable(struct.PyTreeNode):
     """A full store, and how many rows beside the recent ones a query reads: far_B of each sequence, at most `far`."""
 
     rows: Rows

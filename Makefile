@@ -1,0 +1,47 @@
+# Everything a newcomer needs: `make quickstart` and `make test`. Python 3.11 or newer and pip are all they assume.
+PYTHON ?= python3
+VENV ?= .venv
+PEERS ?= .venv-peers
+BIN := $(VENV)/bin
+export JAX_PLATFORMS ?=
+
+.PHONY: quickstart test check peers proofs gpu clean
+
+$(BIN)/tokeff: setup.py pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $(BIN)/tokeff
+
+$(PEERS)/.done: setup.py
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet torch==2.13.0
+	$(PEERS)/bin/python -m pip install --quiet torch==2.13.0 transformers==5.2.0 kvpress==0.5.5 safetensors
+	touch $(PEERS)/.done
+
+quickstart: $(BIN)/tokeff  ## environment, model, the first experiment and its report
+	$(BIN)/tokeff fetch smollm2-135m
+	$(BIN)/tokeff run configs/quickstart.py
+	@echo "open runs/quickstart/report.html"
+
+peers: $(PEERS)/.done  ## the other libraries that tests compare with, in an environment of their own
+
+test: $(BIN)/tokeff peers  ## environment, model, every test
+	$(BIN)/tokeff fetch smollm2-135m
+	JAX_PLATFORMS=cpu TOKEFF_PEERS_PYTHON=$(abspath $(PEERS))/bin/python $(BIN)/python -m pytest -n 2 --dist loadgroup
+
+check: $(BIN)/tokeff  ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/basedpyright
+
+proofs: $(BIN)/tokeff peers  ## the long proofs; results go to experiments/results
+	$(BIN)/tokeff fetch smollm2-135m
+	$(BIN)/python experiments/lossless.py
+	$(BIN)/python experiments/aot_8b_decode.py
+
+gpu: $(BIN)/tokeff  ## kernel suite and benchmarks on a machine with a GPU
+	$(BIN)/python -m pytest tests/kernels -m "not aot"
+	$(BIN)/tokeff bench kernels --out benchmarks
+
+clean:
+	rm -rf $(VENV) $(PEERS) build dist *.egg-info

@@ -1,0 +1,100 @@
+"""Each listed method run once per setting on the tiny model; the property tests read what came out.
+
+Results are cached for the session of a worker, and tests are grouped by method, so no setting is compiled twice.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+
+from tokeff.decode.loop import Decoding
+from tokeff.kv.cache import Room
+from tokeff.kv.extend import pack
+from tokeff.kv.policy import Ask
+from tokeff.kv.prefill import Prompt
+from tokeff.listing import METHODS
+
+STEPS = 6
+GIVEN = np.random.default_rng(2).integers(0, tiny.CFG.V, (len(tiny.LENGTHS), STEPS))
+CHUNK = 24  # the short prompt's last rows cross a border of chunks
+
+
+def listed(*kinds: str, where=lambda method: True) -> list:
+    """Test parameters: the names of the listed methods of these parts, grouped so that one worker runs all tests of a method."""
+    chosen = [m for m in METHODS if (m.part in kinds or not kinds) and where(m)]
+    return [pytest.param(m.name, marks=pytest.mark.xdist_group(m.name)) for m in chosen]
+
+
+def method(name: str):
+    return next(m for m in METHODS if m.name == name)
+
+
+def part(name: str, kind: str = "small") -> dict[str, Any]:
+    """{'kv' | 'cut' | 'decode': object} of one method; kind: small, fast (exact under drafts) or identity. A new object every time."""
+    m = method(name)
+    given = {"small": tiny.settings, "fast": tiny.fast, "identity": tiny.identity}[kind](m)
+    return {m.part: m.make(**given)}
+
+
+@cache
+def evidence() -> tuple[Ask, ...]:
+    """What any listed policy wants to know: gathered once, by one prefill for all."""
+    policies = [part(m.name, kind).get("kv", tiny.FULL) for m in METHODS for kind in ("small", "identity")]
+    return tuple(dict.fromkeys(ask for policy in policies for ask in policy.needs()))
+
+
+@cache
+def prompt(cut: str | None = None, kind: str = "small", how: str = "batch") -> Prompt:
+    """The dense prefill. how: batch, chunked, swapped (rows in the other order) or single (the second prompt alone, not padded)."""
+    rows = {"swapped": tiny.prompts()[::-1], "single": tiny.prompts()[1:]}.get(how, tiny.prompts())
+    chosen = part(cut, kind)["cut"] if cut else None
+    return tiny.read(tiny.FULL, rows, evidence=evidence(), cut=chosen, chunk=CHUNK if how == "chunked" else None)
+
+
+def prompt_of(name: str, kind: str, how: str = "batch") -> Prompt:
+    return prompt(name, kind, how) if method(name).part == "cut" else prompt(None, "small", how)
+
+
+@dataclass(frozen=True)
+class Steps:
+    """One-row decoding of given tokens: the packed caches, then logits and kept rows after every token."""
+
+    packed: tuple
+    logits: np.ndarray
+    kept: list  # [layer][b][head], after the prompt and after every token
+
+
+@cache
+def steps(name: str, kind: str = "small", how: str = "batch") -> Steps:
+    """Decode GIVEN under one method."""
+    policy, p = part(name, kind).get("kv", tiny.FULL), prompt_of(name, kind, how)
+    given = GIVEN[1:] if how == "single" else GIVEN
+    layers = packed = pack(policy, p.layers, Room(STEPS), tiny.CFG)
+    logits, kept = [], [[tiny.kept(policy, layer) for layer in packed]]
+    for out, layers in tiny.forced(policy, layers, p, given):
+        logits.append(out)
+        kept.append([tiny.kept(policy, layer) for layer in layers])
+    return Steps(packed, np.stack(logits), kept)
+
+
+@cache
+def decoded(kv: str = "Full", cut: str | None = None, decode: str | None = None, kind: str = "small", how: str = "batch") -> Decoding:
+    """Greedy text under one combination. Do not go on from it: it is shared."""
+    return generate(kv, cut, decode, kind, how)
+
+
+def generate(kv="Full", cut=None, decode=None, kind="small", how="batch", **options) -> Decoding:
+    """`decoded`, anew."""
+    policy, drafter = part(kv, kind)["kv"], part(decode, kind)["decode"] if decode else tiny.PLAIN
+    named = {name: options[name] for name in ("how", "eos") if name in options}
+    s = tiny.start(prompt(cut, "small", how), policy, drafter, **options)
+    return tiny.go(s, policy, drafter, **named)
+
+
+def under(name: str, kind: str = "small") -> dict[str, Any]:
+    """Arguments of `decoded` that run one method, whatever its part, with the rest plain."""
+    return {method(name).part: name, "kind": kind}
