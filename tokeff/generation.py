@@ -14,6 +14,7 @@ from tokeff.decode.draft import Drafter, Plain
 from tokeff.decode.loop import Decoding, begin, run
 from tokeff.decode.sample import GREEDY, Sampling, row_keys
 from tokeff.errors import UserError
+from tokeff.kv.budget import most_rows
 from tokeff.kv.cache import Room
 from tokeff.kv.extend import extend, pack
 from tokeff.kv.policy import Ask, Full, Policy
@@ -55,9 +56,10 @@ class Setup:
                 raise UserError(
                     f"prompt {i} has {n} tokens and {new} more are wanted, but {m.cfg.name} reads {m.cfg.max_len}; shorten it"
                 )
-            self.kv.check(m.cfg, n)
             if self.cut is not None:
                 self.cut.check(m.cfg, n)
+                n = most_rows(self.cut.budget, n)
+            self.kv.check(m.cfg, n)
         self.sampling.check(len(lengths))
         if self.decode.nodes > 1 and (reason := self.kv.drafts(self.decode.depth)):
             raise UserError(f"{type(self.decode).__name__} does not fit {type(self.kv).__name__}: {reason}")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from tokeff.decode import methods as decode
+from tokeff.errors import UserError, nearest
 from tokeff.kv import methods as kv
 from tokeff.reduce import methods as reduce
 from tokeff.sparse import methods as sparse
@@ -49,6 +51,14 @@ class Method:
     identity: dict[str, Any] | None = None
     fast: dict[str, Any] | None = None
     config: str = "configs/quickstart.py"
+
+    def build(self, **settings: Any) -> Any:
+        """`make` with a one-line error for a setting it does not have."""
+        known = inspect.signature(self.make).parameters
+        for name in settings:
+            if name not in known:
+                raise UserError(f"{self.name} has no setting {name!r}; {nearest(name, known)}")
+        return self.make(**settings)
 
 
 def _paper(key, title, authors, year, id):
@@ -119,6 +129,14 @@ METHODS: tuple[Method, ...] = (
     Method("PromptLookup", "decode", "decode", decode.prompt_lookup, True, LOOKUP, identity={}),
     Method("TokenRecycling", "decode", "decode", decode.token_recycling, True, RECYCLING, identity={}),
 )
+
+
+def find(name: str) -> Method:
+    """The method of that name; UserError with the nearest one where there is none."""
+    for method in METHODS:
+        if method.name == name:
+            return method
+    raise UserError(f"unknown method {name!r}; {nearest(name, [m.name for m in METHODS])}")
 
 
 def methods() -> tuple[Method, ...]:

@@ -8,7 +8,7 @@ weights, which XLA:CPU runs 2-3 times faster than a sum over the rows.
 import jax
 import jax.numpy as jnp
 
-from tokeff.kernels.decode_attention.xla import block_tokens, row_blocks, scores, seen_by_any
+from tokeff.kernels.decode_attention.xla import block_tokens, product, row_blocks, scores, seen_by_any
 from tokeff.kernels.rows import head_rows, token_rows
 
 
@@ -25,7 +25,7 @@ def run(q_BTNH, k_BKCH, lse_BTN, weight_BT, order_BKC, lo_BT, hi_BT, *, scale, s
         score_BKRC = scores(q_BtNH, k_BKCH, order_BKC, lo_Bt, hi_Bt, scale=scale, softcap=softcap)
         p_BKRC = jnp.exp(score_BKRC - head_rows(lse_BtN, K, R)[..., None])
         weight_BKR = jnp.broadcast_to(token_rows(weight_Bt, N // K, R, 0)[:, None], (B, K, R))
-        return mass_BKC + jnp.einsum("bkrc,bkr->bkc", p_BKRC, weight_BKR), None
+        return mass_BKC + product("bkrc,bkr->bkc", p_BKRC, weight_BKR), None
 
     tokens = block_tokens(q_BTNH, k_BKCH)
     arrays = (q_BTNH, lse_BTN, weight_BT.astype(jnp.float32), lo_BT)

@@ -1,7 +1,7 @@
 """decode_attention for NVIDIA GPUs (Triton): slots are split over programs, each with a running softmax.
 
 Grid (B, K, splits). A program holds the R = T * G query rows of one kv head in registers and walks its share of the
-slots, `BLOCK` at a time, through pointers: dense slots, rows or pages of any size are the same loop. Loads of K and V
+slots, a block at a time, through pointers: dense slots, rows or pages of any size are the same loop. Loads of K and V
 are masked by what some row may see, so unseen, unselected and empty slots are neither read nor able to do harm. The
 programs of a head write (R, H) partial outputs and log-sum-exps, which XLA merges.
 
@@ -14,10 +14,12 @@ import jax
 import jax.numpy as jnp
 
 from tokeff.compat import pl, triton, triton_params
-from tokeff.kernels.rows import NOTHING, head_rows, round_up, token_rows, tokens
+from tokeff.kernels.rows import NOTHING, head_rows, token_rows, tokens
 
-BLOCK = 64  # slots a step
-MAX_ROWS = 128  # (R, H) and (R, BLOCK) float32 tiles live in registers
+# Slots a step, and the largest R * H: what compiles for sm_90a without spilling registers to memory. Exact float32
+# products run without tensor cores and take more of them.
+BLOCK = {"bfloat16": 64, "float32": 32}
+MAX_TILE = {"bfloat16": 128 * 128, "float32": 32 * 64}
 PROGRAMS = 256  # aim: about two for each multiprocessor of a large GPU
 LOW = -1e30  # running maximum before anything was seen: finite, so that it can be subtracted
 
@@ -29,18 +31,19 @@ def refusal(q_BTNH, k_BKCH, v_BKCH, order_BKC, lo_BT, hi_BT, page_BKM=None, *, p
         return f"q, k and v must all be float32 or all bfloat16, not {q_BTNH.dtype}, {k_BKCH.dtype}, {v_BKCH.dtype}"
     if H not in (16, 32, 64, 128, 256):
         return f"head size {H} is not a power of two from 16 to 256"
-    if T * N // K > MAX_ROWS:
-        return f"T * G = {T * N // K} query rows a kv head exceed {MAX_ROWS}"
+    if (tile := padded_rows(T * N // K) * H) > (most := MAX_TILE[q_BTNH.dtype.name]):
+        return f"T * G rounded up to a power of two, times H, is {tile}: over {most}, the registers for {q_BTNH.dtype}"
     return None
 
 
 def run(q_BTNH, k_BKCH, v_BKCH, order_BKC, lo_BT, hi_BT, page_BKM=None, *, page_size, scale, softcap, interpret=False):
     """Same contract as the public op, for calls that `refusal` accepts. interpret: as of `pl.pallas_call`."""
     (B, T, N, H), (K, C) = q_BTNH.shape, order_BKC.shape[1:]
-    R = max(16, pl.next_power_of_2(T * N // K))  # Triton blocks are powers of two, its products at least 16 wide
+    R = padded_rows(T * N // K)
     bounds = token_rows(lo_BT, N // K, R, 0), token_rows(hi_BT, N // K, R, NOTHING)
     X = C if page_BKM is None else page_BKM.shape[2] * page_size
-    steps = round_up(X, BLOCK) // BLOCK
+    block = BLOCK[q_BTNH.dtype.name]
+    steps = -(-X // block)
     splits = max(1, min(steps, PROGRAMS // (B * K)))
     pages = () if page_BKM is None else (page_BKM,)
 
@@ -52,7 +55,9 @@ def run(q_BTNH, k_BKCH, v_BKCH, order_BKC, lo_BT, hi_BT, page_BKM=None, *, page_
 
     row_spec = pl.BlockSpec((None, R), lambda b, k, s: (b, 0))
     whole = pl.BlockSpec(memory_space=pl.ANY)
-    kernel = partial(_kernel, X=X, steps=-(-steps // splits), page_size=page_size, scale=scale, softcap=softcap)
+    kernel = partial(
+        _kernel, X=X, block=block, steps=-(-steps // splits), page_size=page_size, scale=scale, softcap=softcap
+    )
     out_BKSRH, lse_BKSR = pl.pallas_call(
         kernel,
         grid=(B, K, splits),
@@ -67,7 +72,12 @@ def run(q_BTNH, k_BKCH, v_BKCH, order_BKC, lo_BT, hi_BT, page_BKM=None, *, page_
     return tokens(out_BKRH, T, N).astype(q_BTNH.dtype), tokens(lse_BKR, T, N)
 
 
-def _kernel(lo_ref, hi_ref, q_ref, order_ref, k_ref, v_ref, *refs, X, steps, page_size, scale, softcap):
+def padded_rows(rows):
+    """Return the rows of a Triton tile that holds so many: blocks are powers of two, products at least 16 wide."""
+    return max(16, pl.next_power_of_2(rows))
+
+
+def _kernel(lo_ref, hi_ref, q_ref, order_ref, k_ref, v_ref, *refs, X, block, steps, page_size, scale, softcap):
     """Attend one head's rows to one split of its slots. refs: the pages, if any, then out and lse."""
     *page_ref, out_ref, lse_ref = refs
     b, kh, split = (pl.program_id(axis) for axis in range(3))
@@ -76,7 +86,7 @@ def _kernel(lo_ref, hi_ref, q_ref, order_ref, k_ref, v_ref, *refs, X, steps, pag
 
     def step(i, carry):
         top_R, sum_R, acc_RH = carry
-        x_X = (split * steps + i) * BLOCK + jnp.arange(BLOCK)
+        x_X = (split * steps + i) * block + jnp.arange(block)
         slot_X, here_X = x_X, x_X < X
         if page_ref:
             page_X = triton.load(page_ref[0].at[b, kh, x_X // page_size], mask=here_X, other=-1)

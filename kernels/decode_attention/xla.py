@@ -23,6 +23,9 @@ FEW_ROWS = 24  # query rows a kv head up to which K stands on the left
 BLOCK_ROWS = 96  # query rows a kv head that a block of T has at least, so that K is not reread too often
 BLOCK_SCORES = 2**21  # scores of a block, where more rows than that fit: 8 MiB
 
+# float32 means float32, on accelerators too: like the kernels, and unlike XLA's default there.
+product = partial(jnp.einsum, precision="highest", preferred_element_type=jnp.float32)
+
 
 def run(q_BTNH, k_BKCH, v_BKCH, order_BKC, lo_BT, hi_BT, page_BKM=None, *, page_size, scale, softcap, clean=False):
     """Same contract as the public op. clean: empty unseen slots up front, as gradients need (0 * NaN again)."""
@@ -60,7 +63,6 @@ def scores(q_BTNH, k_BKCH, order_BKC, lo_BT, hi_BT, *, scale, softcap):
     """Return masked scores as float32 (B, K, R = T * G, C): -inf where the query may not see the slot."""
     (_, T, N, _), K = q_BTNH.shape, k_BKCH.shape[1]
     G, R = N // K, T * N // K
-    product = partial(jnp.einsum, preferred_element_type=jnp.float32)
     if R <= FEW_ROWS:  # asked for RC at once, einsum would put K on the right
         score_BKRC = product("bkch,bkrh->bkcr", k_BKCH, head_rows(q_BTNH, K, R)).swapaxes(2, 3) * scale
     else:
@@ -74,7 +76,7 @@ def scores(q_BTNH, k_BKCH, order_BKC, lo_BT, hi_BT, *, scale, softcap):
 
 def weighted_values(p_BKRC, v_BKCH, *_):
     """Return sum_c p * v of a V without NaN, added up in float32. bfloat16 values meet bfloat16 weights, as on an MXU."""
-    return jnp.einsum("bkrc,bkch->bkrh", p_BKRC.astype(v_BKCH.dtype), v_BKCH, preferred_element_type=jnp.float32)
+    return product("bkrc,bkch->bkrh", p_BKRC.astype(v_BKCH.dtype), v_BKCH)
 
 
 def weighted_values_or_clean(p_BKRC, v_BKCH, order_BKC, lo_BT, hi_BT):

@@ -14,7 +14,8 @@ from tokeff.kernels.cases import Case
 from tokeff.kernels.column_mass import cases as mass_cases
 from tokeff.kernels.decode_attention import cases as attention_cases
 
-pytestmark = pytest.mark.aot
+# A compile cache can store programs for absent TPUs, but not read them back, and says so each time.
+pytestmark = [pytest.mark.aot, pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache")]
 
 OPS = {"decode_attention": (attention_cases, decode_attention), "column_mass": (mass_cases, column_mass)}
 EVERY = [pytest.param(op, case, id=f"{op}-{case.name}") for op in OPS for case in OPS[op][0].ACCELERATOR]
@@ -60,10 +61,12 @@ def test_tpu_kernel_compiles(op, case, generation):
 
 @pytest.mark.parametrize(("op", "case"), EVERY)
 def test_gpu_kernel_lowers(op, case):
-    if op == "decode_attention" and case.T * case.N // case.K > 128:
-        pytest.skip("more query rows than the GPU kernel takes; it says so and XLA runs instead")
-    text = exported(op, case, "cuda", "pallas_gpu")
-    assert TRITON in text
+    if case.name == "8b_8k_tree64":
+        with pytest.raises(ValueError, match="times H, is 32768: over 16384"):
+            exported(op, case, "cuda", "pallas_gpu")
+        assert TRITON not in exported(op, case, "cuda")
+    else:
+        assert TRITON in exported(op, case, "cuda", "pallas_gpu")
 
 
 def exported(op, case, platform, implementation=None):

@@ -50,6 +50,13 @@ def reachable(text):
     return seen
 
 
+def test_the_counter_sees_a_copy():
+    case = Case("copied", C=2048)
+    a = cases.structs(case)
+    select = jax.jit(lambda q, k: jnp.einsum("btkh,bkch->bkc", q[:, :, :3], jnp.where(k > 0, k, 0)))
+    assert cache_sized(select.lower(a["q"], a["k"]).compile(), case)
+
+
 @pytest.mark.parametrize(("T", "C"), SHAPES)
 def test_decode_attention_copies_no_cache(T, C):
     case = Case("copies", T=T, C=C)

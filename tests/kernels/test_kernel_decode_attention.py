@@ -36,7 +36,7 @@ def test_xla_equals_reference(case):
     assert_close((out, lse), attend(case, a, "reference"), case.dtype)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None, derandomize=True)
 @given(
     G=st.integers(1, 4), K=st.integers(1, 3), T=st.integers(1, 5), C=st.integers(1, 33), M=st.integers(0, 4),
     page_size=st.sampled_from([1, 2, 5]), seed=st.integers(0, 99),
@@ -117,7 +117,7 @@ HALVES = slice(0, 11), slice(11, None)
         ({"M": 3, "page_size": 16}, "interpret", "page_size 16 is not a multiple of 128"),
         ({"T": 600}, "pallas_tpu", "1200 query rows a kv head exceed"),
         ({"H": 24}, "pallas_gpu", "head size 24 is not a power of two"),
-        ({"T": 80}, "pallas_gpu", "160 query rows a kv head exceed"),
+        ({"T": 80}, "pallas_gpu", "times H, is 4096: over 2048"),
         ({"dtype": "float16"}, "pallas_tpu", "all be float32 or all bfloat16"),
         ({}, "cuda", "implementation 'cuda' is unknown"),
     ],

@@ -8,7 +8,8 @@ import numpy as np
 import tiny
 
 from tokeff import sharding
-from tokeff.decode.loop import Decoding
+from tokeff.collectives import Collective, collectives
+from tokeff.decode.loop import Decoding, run
 from tokeff.generation import Setup, go, read, start
 from tokeff.kv.prefill import Prompt
 from tokeff.listing import methods
@@ -60,6 +61,17 @@ def generated(m: Model, name: str, rows=None) -> tuple[Prompt, Decoding]:
     """(the prefilled prompts, the state after NEW tokens)."""
     prompt, s = begun(m, name, rows)
     return prompt, go(m, s, setup(name), NEW, ())
+
+
+@cache
+def sent(name: str, data: int = 2, model_axis: int = 4, K: int = 8) -> tuple[list[Collective], Decoding]:
+    """(every collective of the compiled decode loop, the state that goes into it)."""
+    m, parts = placed(K, data, model_axis), setup(name)
+    _, s = begun(m, name)
+    args = dict(policy=parts.kv, drafter=parts.decode, how=parts.sampling, eos=())
+    with sharding.beside(m.params):
+        program = run.lower(m.params, m.cfg, s, jnp.int32(NEW), **args).compile()
+    return collectives(program.as_text()), s
 
 
 @cache

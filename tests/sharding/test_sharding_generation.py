@@ -10,8 +10,8 @@ from tokeff.kv.shadow import Shadow
 
 pytestmark = pytest.mark.core
 
-COMBINED = "H2O+PromptLookup"  # drafts under eviction
-FEW = ("Full", "H2O", "AdaKV", "TokenRecycling")  # append, evict, a pool that crosses heads, drafts
+EVICTING = "H2O+PromptLookup"  # drafts under eviction, with attention mass
+CROSSING = "AdaKV+TokenRecycling"  # pages that cross heads, tree drafts, a table per sequence
 MESHES = [(4, 8, 1), (4, 4, 2), (4, 2, 4), (4, 1, 8), (8, 8, 1), (8, 4, 2), (8, 1, 8)]  # kv heads, data, model
 
 
@@ -39,18 +39,22 @@ def check_equal(K: int, name: str, m) -> None:
                 np.testing.assert_array_equal(x, y, err_msg=where)
 
 
-@pytest.mark.parametrize("name", [*sharded.METHODS, COMBINED])
+@pytest.mark.parametrize("name", [*sharded.METHODS, EVICTING, CROSSING])
 def test_every_method(name):
     check_equal(8, name, sharded.placed(8, 2, 4))
 
 
 @pytest.mark.parametrize("K, data, model", MESHES)
-@pytest.mark.parametrize("name", FEW)
-def test_every_mesh(name, K, data, model):
-    check_equal(K, name, sharded.placed(K, data, model))
+def test_every_mesh(K, data, model):
+    check_equal(K, CROSSING, sharded.placed(K, data, model))
 
 
-@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize("K, data, model", MESHES[::3])
+def test_eviction_on_other_meshes(K, data, model):
+    check_equal(K, EVICTING, sharded.placed(K, data, model))
+
+
+@pytest.mark.parametrize("name", [EVICTING, CROSSING])
 def test_heads_that_do_not_divide(name):
     """3 kv heads on model=2: heads are whole on every device, feed-forward and vocabulary are split."""
     m = sharded.placed(3, 2, 2)

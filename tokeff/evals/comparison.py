@@ -19,7 +19,7 @@ from tokeff.experiment import Experiment, Row
 from tokeff.generation import Setup
 from tokeff.kv.policy import Full, Policy
 from tokeff.kv.prefill import Prompt
-from tokeff.listing import methods
+from tokeff.listing import find
 from tokeff.models.fetch import cache_dir
 from tokeff.models.load import Model, load
 from tokeff.reduce.prune import LastRowTopK
@@ -44,8 +44,8 @@ class Line(Row):
 
 def line(method: str, **settings: Any) -> Line:
     """The listed method with these settings, alone."""
-    found = {x.name: x for x in methods()}[method]
-    return Line(method, **{found.part: found.make(**settings)})
+    found = find(method)
+    return Line(method, **{found.part: found.build(**settings)})
 
 
 class Bench:
@@ -134,7 +134,7 @@ class _Shape:
 def speed(bench: Bench, row: Line, length: int, new: int, pictures: bool) -> dict[str, Any]:
     """Bytes, seconds and kept tokens of one row."""
     m, setup, reader = bench.m, row.setup, bench.reader(length)
-    listed = {x.name: x for x in methods()}[row.method]
+    listed = find(row.method)
     prompt, prefill_s = timed_prefill(reader, setup)
     ratios, timing, layers = cost(m, prompt, setup, new)
     figures: dict[str, Any] = {

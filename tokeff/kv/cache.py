@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from tokeff.models.attention import wide
 from tokeff.models.flow import EMPTY, Accepted, Flow
 from tokeff.sharding import top_k
 
@@ -151,7 +152,7 @@ def empty_draft(k_BKCH: jax.Array, W: int, N: int | None = None, dtype=None) -> 
     B, K, _, H = k_BKCH.shape
     zero = jnp.zeros((B, K, W, H), k_BKCH.dtype)
     q = None if N is None else jnp.zeros((B, W, N, H), dtype or k_BKCH.dtype)
-    lse = None if N is None else jnp.zeros((B, W, N), jnp.float32)
+    lse = None if N is None else jnp.zeros((B, W, N), wide(k_BKCH.dtype))
     return Draft(zero, zero, jnp.full((B, W), EMPTY, jnp.int32), q, lse)
 
 

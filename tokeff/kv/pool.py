@@ -120,7 +120,7 @@ class KeepByHead(Policy):
         tail, lo, cfg = append(layer.tail, k, v, new, accepted), here.lo(ask.order_BT), here.cfg
         out, lse = read_pool(q, layer.pool, lo, ask.hi_BT, here)
         late = decode_attention(
-            q, tail.k_BKCH, tail.v_BKCH, tail.order_BKC, lo, ask.hi_BT, scale=cfg.scale, softcap=cfg.softcap
+            q.astype(tail.k_BKCH.dtype), tail.k_BKCH, tail.v_BKCH, tail.order_BKC, lo, ask.hi_BT, scale=cfg.scale, softcap=cfg.softcap
         )
         out, lse = merge(out, lse, *late)
         if ask.among_BTT is not None:

@@ -25,7 +25,7 @@ def read_rows(q_BTNH: jax.Array, layer: Rows, ask: Flow, here: Here, pages: jax.
     """out_BTNH over the store (or over its slots named in pages_BKM) and, in a draft call, over the drafts."""
     cfg = here.cfg
     out, lse = decode_attention(
-        q_BTNH, layer.k_BKCH, layer.v_BKCH, layer.order_BKC, here.lo(ask.order_BT), ask.hi_BT,
+        q_BTNH.astype(layer.k_BKCH.dtype), layer.k_BKCH, layer.v_BKCH, layer.order_BKC, here.lo(ask.order_BT), ask.hi_BT,
         page_BKM=pages, scale=cfg.scale, softcap=cfg.softcap,
     )  # fmt: skip
     if ask.among_BTT is not None:

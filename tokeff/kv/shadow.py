@@ -114,7 +114,7 @@ class ShadowKV(Policy):
         q, k = here.rotate(q, ask.angle_BT[:, :, None]), here.rotate(k, new.angle_BT[:, :, None])
         exact, lo, cfg = append(layer.exact, k, v, new, accepted), here.lo(ask.order_BT), here.cfg
         out, lse = decode_attention(
-            q, exact.k_BKCH, exact.v_BKCH, exact.order_BKC, lo, ask.hi_BT, scale=cfg.scale, softcap=cfg.softcap
+            q.astype(exact.k_BKCH.dtype), exact.k_BKCH, exact.v_BKCH, exact.order_BKC, lo, ask.hi_BT, scale=cfg.scale, softcap=cfg.softcap
         )
         out, lse = merge(out, lse, *self.read_chunks(q, layer, ask, here))
         if ask.among_BTT is not None:

@@ -39,7 +39,7 @@ class Config:
 
     Layers with a window use `local_rope` when it is given (Gemma 3). `scale` multiplies q.k; `softcap`/`final_softcap` are
     Gemma 2's tanh caps (0 = none); `embed_scale` multiplies embeddings (Gemma: sqrt(D)). Norm weights are stored ready to
-    multiply: the loader adds Gemma's +1.
+    multiply: the loader adds Gemma's +1. `activations` is the dtype of the hidden rows, None for that of the embedding.
     """
 
     name: str
@@ -63,6 +63,7 @@ class Config:
     max_len: int = 2048
     eos: tuple[int, ...] = ()
     bos: int | None = None
+    activations: str | None = None
 
     def __post_init__(self):
         if self.N % self.K:

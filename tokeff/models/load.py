@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,7 @@ def _gguf(path: Path, precision: Precision, name: str) -> Model:
     from tokeff.models.gguf_tokenizer import gguf_tokenizer
 
     cfg, params, header = load_gguf(path, name, precision)
-    return Model(cfg, params, gguf_tokenizer(header.metadata, path, cfg.V), precision, name)
+    return Model(_active(cfg, precision), params, gguf_tokenizer(header.metadata, path, cfg.V), precision, name)
 
 
 def _folder(folder: Path, precision: Precision, name: str) -> Model:
@@ -87,9 +87,15 @@ def _folder(folder: Path, precision: Precision, name: str) -> Model:
     from tokeff.models.hf import load_hf
 
     if is_saved(folder):
-        return Model(*load_saved(folder, precision), precision, name)
+        cfg, params, tokenizer = load_saved(folder, precision)
+        return Model(_active(cfg, precision), params, tokenizer, precision, name)
     cfg, params = load_hf(folder, name, precision)
-    return Model(cfg, params, read_tokenizer(folder, cfg.V), precision, name)
+    return Model(_active(cfg, precision), params, read_tokenizer(folder, cfg.V), precision, name)
+
+
+def _active(cfg: Config, precision: Precision) -> Config:
+    """The config with the dtype of its hidden rows, where that is not the weights'."""
+    return cfg if precision.activations == precision.weights else replace(cfg, activations=precision.activations)
 
 
 def _snapshot(repo: str) -> Path:

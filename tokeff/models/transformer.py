@@ -57,6 +57,7 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
 def embed(params: Params, cfg: Config, tokens_BT: jax.Array, order_BT: jax.Array, angle_BT: jax.Array | None = None) -> Flow:
     """Certain rows from token ids. Rows whose order is EMPTY are padding; their id may be anything in range."""
     x = params.embed_VD[jnp.maximum(tokens_BT, 0)]
+    x = x if cfg.activations is None else x.astype(cfg.activations)
     if cfg.embed_scale != 1.0:
         x = x * jnp.asarray(cfg.embed_scale, x.dtype)
     angle = order_BT if angle_BT is None else angle_BT
@@ -67,7 +68,7 @@ def unembed(params: Params, cfg: Config, x_BMD: jax.Array) -> jax.Array:
     """float32 logits_BMV of the rows asked for."""
     x = rms_norm(x_BMD, params.norm_D, cfg.eps)
     head = params.embed_VD if params.head_VD is None else params.head_VD
-    logits = jnp.einsum("bmd,vd->bmv", x, head, preferred_element_type=wide(x.dtype))
+    logits = jnp.einsum("bmd,vd->bmv", x, head.astype(x.dtype), preferred_element_type=wide(x.dtype))
     return cfg.final_softcap * jnp.tanh(logits / cfg.final_softcap) if cfg.final_softcap else logits
 
 
@@ -77,7 +78,7 @@ def linear(x: jax.Array, w: jax.Array, out: int = 1) -> jax.Array:
     Both sides are folded to two axes first: a product that keeps heads apart (`btd,nhd->btnh`) makes XLA:CPU copy the weight into
     another layout on every call, a fifth of a decode step.
     """
-    flat = w.reshape(math.prod(w.shape[:out]), -1)
+    flat = w.reshape(math.prod(w.shape[:out]), -1).astype(x.dtype)
     rows = x.reshape(*x.shape[: x.ndim - (w.ndim - out)], -1)
     y = jax.lax.dot_general(rows, flat, (((rows.ndim - 1,), (1,)), ((), ())))
     return y.reshape(*rows.shape[:-1], *w.shape[:out])
@@ -87,7 +88,7 @@ def project(w: Block, cfg: Config, x_BTD: jax.Array) -> tuple[jax.Array, jax.Arr
     """Unrotated q_BTNH, k_BTKH, v_BTKH of normed input rows."""
     q, k, v = linear(x_BTD, w.q_NHD, 2), linear(x_BTD, w.k_KHD, 2), linear(x_BTD, w.v_KHD, 2)
     if w.q_bias_NH is not None and w.k_bias_KH is not None and w.v_bias_KH is not None:
-        q, k, v = q + w.q_bias_NH, k + w.k_bias_KH, v + w.v_bias_KH
+        q, k, v = (x + b.astype(x.dtype) for x, b in ((q, w.q_bias_NH), (k, w.k_bias_KH), (v, w.v_bias_KH)))
     if w.q_norm_H is not None and w.k_norm_H is not None:
         q, k = rms_norm(q, w.q_norm_H, cfg.eps), rms_norm(k, w.k_norm_H, cfg.eps)
     return q, k, v
@@ -120,7 +121,7 @@ def block(
         ask = flow.take(index_BM)
         q = jnp.take_along_axis(q, jnp.maximum(index_BM, 0)[..., None, None], axis=1)
     out, layer, across = policy.attend(q, k, v, ask, flow, layer, accepted, across, here)
-    mixed = linear(out, w.o_DNH)
+    mixed = linear(out.astype(flow.x_BTD.dtype), w.o_DNH)
     if w.post_attn_norm_D is not None:
         mixed = rms_norm(mixed, w.post_attn_norm_D, cfg.eps)
     x = ask.x_BTD + mixed

@@ -1,0 +1,171 @@
+"""What must hold for every listed method: identity, budget, protection, batch = single, chunked = one-shot, activity, one compile."""
+
+import inspect
+
+import jax
+import numpy as np
+import pytest
+import runs
+import tiny
+from runs import listed, method, part, steps
+
+from tokeff.decode.loop import run
+from tokeff.errors import UserError
+from tokeff.evals.cost import dense_bytes
+from tokeff.kv.budget import most_rows
+from tokeff.kv.extend import _pack_one
+from tokeff.kv.policy import tree_bytes
+from tokeff.kv.prefill import one_layer
+from tokeff.kv.shadow import ShadowKV
+from tokeff.models.flow import Here
+
+pytestmark = pytest.mark.core
+ATOL = 2e-4  # two float32 passes of other shapes, logits up to 12
+
+
+def compiled() -> tuple[int, ...]:
+    """How many programs each jitted function holds."""
+    return tuple(f._cache_size() for f in (run, one_layer, _pack_one))
+
+
+def rows_kept(name: str):
+    """(layer, sequence, head, orders kept after the prompt and after every given token) under one method."""
+    history = steps(name).kept
+    for i in range(tiny.CFG.L):
+        for b in range(len(tiny.LENGTHS)):
+            for h in range(tiny.CFG.K):
+                yield i, b, h, [step[i][b][h] for step in history]
+
+
+@pytest.mark.parametrize("name", listed("kv", "cut"))
+def test_identity_settings_equal_dense(name):
+    assert method(name).identity is not None, "name the settings at which this method does nothing"
+    np.testing.assert_allclose(steps(name, "identity").logits, steps("Full").logits, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", listed())
+def test_lossy_says_so_and_is_so(name):
+    """Lossless methods give the dense text; lossy ones, at a small budget, give another: a listing that claims too much fails here."""
+    same = tiny.text(runs.decoded(**runs.under(name))) == tiny.text(runs.decoded())
+    assert same == method(name).lossless
+
+
+@pytest.mark.parametrize("name", listed("kv", "cut", where=lambda m: m.budgeted_by))
+def test_active(name):
+    """A budget below 1 that holds and reads 99% of the rows did nothing."""
+    policy, packed = part(name).get("kv", tiny.FULL), steps(name).packed
+    full = steps("Full").packed
+    held = tree_bytes(packed) / tree_bytes(full)
+    read = sum(policy.bytes_read(layer, Here(i, tiny.CFG)) for i, layer in enumerate(packed)) / tree_bytes(full)
+    assert min(held, read) < 0.99, f"held {held:.2f}, read {read:.2f} of dense"
+    assert {"held": held, "read": read}[method(name).budgeted_by] < 0.99
+
+
+@pytest.mark.parametrize("name", listed("kv", "cut", where=lambda m: m.budgeted_by == "held"))
+def test_rows_and_bytes_stay_within_budget(name):
+    """Prompt rows kept never exceed the share, summed over the heads of a layer; an evicting policy holds the total to it throughout."""
+    evicts = part(name).get("kv", tiny.FULL).vacancy(steps(name).packed[0]) is not None
+    totals = {}
+    for i, b, _, history in rows_kept(name):
+        assert all(len(set(orders)) == len(orders) for orders in history), "a row is kept twice"
+        for t, orders in enumerate(history):
+            counted = orders if evicts else [o for o in orders if o < int(runs.prompt_of(name, "small").next_B[b])]
+            totals[t, i, b] = totals.get((t, i, b), 0) + len(counted)
+    above = -1 if method(name).part == "kv" or part(name)["cut"].restart else part(name)["cut"].layer
+    budget = tiny.settings(method(name))["budget"]
+    for (t, i, b), rows in totals.items():
+        if i > above:  # layers up to a pass hold the whole prompt
+            assert rows <= tiny.CFG.K * most_rows(budget, tiny.LENGTHS[b]), f"step {t}, layer {i}, sequence {b}"
+
+
+@pytest.mark.parametrize("name", listed("kv", where=lambda m: m.budgeted_by == "held"))
+def test_bytes_held_are_the_budget_and_what_is_stated(name):
+    """Keys and values of the budget, of the rows to come, and of at most a page a head; then 4-byte orders, statistics and tables."""
+    policy, packed = part(name)["kv"], steps(name).packed
+    share = most_rows(tiny.settings(method(name))["budget"], tiny.LENGTHS[0])
+    rows = share + (runs.STEPS if policy.vacancy(packed[0]) is None else 0) + getattr(policy, "page", 0)
+    stated = dense_bytes(tiny.CFG, rows, "float32") * len(tiny.LENGTHS)
+    kv = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(packed) if x.shape[-1] == tiny.CFG.H and x.ndim == 4)
+    assert kv <= stated
+    small = 4 * 3 * tiny.CFG.L * tiny.CFG.K * (rows + 8) * len(tiny.LENGTHS)
+    assert tree_bytes(packed) <= stated + small
+
+
+def keeps(m):
+    """The part of a policy that promises sinks and recent rows, if it has one."""
+    policy = part(m.name).get("kv")
+    return next((p for p in (policy, getattr(policy, "rule", None)) if hasattr(p, "recent_rows")), None)
+
+
+@pytest.mark.parametrize("name", listed("kv", where=keeps))
+def test_protected_rows_survive(name):
+    """Sinks and recent rows that a policy promises are there at every step, whatever their score."""
+    rule = keeps(method(name))
+    for _, b, _, history in rows_kept(name):
+        recent = rule.recent_rows(most_rows(rule.budget, tiny.LENGTHS[b]))
+        for t, orders in enumerate(history):
+            last = tiny.LENGTHS[b] + t
+            sure = {*range(rule.sinks), *range(max(last - max(recent, 1 if rule.evict and t else 0), 0), last)}
+            assert sure <= set(orders), f"step {t}: {sorted(sure - set(orders))} are gone"
+
+
+@pytest.mark.parametrize("name", listed("kv", "cut"))
+def test_batch_equals_single(name):
+    """The shorter prompt alone, not padded, and beside a longer one."""
+    alone, beside = steps(name, how="single"), steps(name)
+    np.testing.assert_allclose(alone.logits[:, 0], beside.logits[:, 1], atol=ATOL)
+    for a, b in zip(alone.kept, beside.kept, strict=True):
+        assert [layer[0] for layer in a] == [layer[1] for layer in b]
+
+
+@pytest.mark.parametrize("name", listed())
+def test_batch_mates_do_not_matter(name):
+    """Rows in another order give the same text."""
+    args = runs.under(name)
+    assert tiny.text(runs.decoded(**args, how="swapped")) == tiny.text(runs.decoded(**args))[::-1]
+
+
+@pytest.mark.parametrize("name", listed("kv", "cut"))
+def test_chunked_equals_one_shot_or_is_refused(name):
+    if getattr(part(name).get("cut"), "whole_prompt", False):
+        with pytest.raises(UserError, match="whole prompt"):
+            runs.prompt(name, how="chunked")
+        return
+    chunked, whole = steps(name, how="chunked"), steps(name)
+    np.testing.assert_allclose(chunked.logits, whole.logits, atol=ATOL)
+    assert chunked.kept == whole.kept
+
+
+@pytest.mark.parametrize("name", listed())
+def test_equal_settings_compile_once(name):
+    """Equal, hashable, printable: a second object with the same settings finds the compiled code of the first."""
+    (first,), (again,) = part(name).values(), part(name).values()
+    assert first == again and hash(first) == hash(again) and first is not again and repr(first) == repr(again)
+    before, args = tiny.text(runs.decoded(**runs.under(name))), runs.under(name)
+    programs = compiled()
+    assert tiny.text(runs.generate(**args)) == before
+    assert compiled() == programs
+
+
+@pytest.mark.parametrize("name", listed())
+def test_listing_is_complete(name):
+    m = method(name)
+    assert m.family and (m.paper or m.family == "baseline") and isinstance(m.lossless, bool)
+    for given in (m.identity or {}, m.fast or {}):
+        assert set(given) <= set(inspect.signature(m.make).parameters)
+    if m.paper:
+        assert m.paper.key in m.paper.bibtex() and m.paper.year > 2000
+
+
+def test_shadowkv_has_no_identity_below_full_rank():
+    """With every chunk read, only the rank of the keys stands between ShadowKV and dense: the error falls as it grows."""
+    from tokeff.kv.cache import Room
+    from tokeff.kv.extend import pack
+
+    p, errors = runs.prompt(), []
+    for rank in (0.25, 0.75, 1.0):
+        policy = ShadowKV(1.0, rank)
+        layers = pack(policy, p.layers, Room(runs.STEPS), tiny.CFG)
+        logits = np.stack([out for out, _ in tiny.forced(policy, layers, p, runs.GIVEN[:, :2])])
+        errors.append(np.abs(logits - steps("Full").logits[:2]).max())
+    assert errors == sorted(errors, reverse=True) and errors[-1] < ATOL

@@ -1,0 +1,73 @@
+"""What the compiled decode step of every listed method sends between devices, on data=2 x model=4."""
+
+import jax
+import pytest
+import sharded
+
+from tokeff.collectives import Collective, collectives
+
+pytestmark = pytest.mark.core
+
+LAYERS = sharded.model(8).cfg.L
+# Beside the activations: the arg-max over the split vocabulary (value and index of each part) and the end of the loop.
+ALWAYS = {"all-gather": 2, "all-reduce": 1}
+# Methods whose formula crosses heads or that ask a question of the whole batch. Everything else sends nothing of its own.
+EXTRA = {
+    "StreamingLLM": {"all-reduce": 1},  # is any sequence full?
+    "H2O": {"all-reduce": 1},
+    "H2O+PromptLookup": {"all-reduce": 1},
+    "AdaKV": {"all-gather": 2 * LAYERS, "all-reduce": 2 * LAYERS},  # queries out to the pages; their maxima and sums back
+    "TokenRecycling": {"all-gather": 2},  # the best successors of each part of the vocabulary
+}
+
+
+def cache_arrays(s) -> list[jax.Array]:
+    """The big arrays of a packed cache: those with a head dim and one row per token."""
+    named = jax.tree_util.tree_leaves_with_path(s.layers)
+    stored = ("k_BKCH", "v_BKCH", "k_BPRH", "v_BPRH", "v_BKSH", "low_BSY")
+    return [x for path, x in named if path[-1].name in stored and x.size]
+
+
+def split(found: list[Collective], s) -> tuple[list[Collective], list[Collective]]:
+    """(activations (B, T, D) added up over the model axis, everything else)."""
+    T, D = s.accepted.path_BW.shape[1], sharded.model(8).cfg.D
+    rows = len(sharded.LENGTHS) // 2
+    wanted = {f"f32[{rows},{T},{D}]", f"f32[{rows * T},{D}]"}
+    sums = [c for c in found if c.kind == "all-reduce" and c.shape in wanted]
+    return sums, [c for c in found if c not in sums]
+
+
+@pytest.mark.parametrize("name", [*sharded.METHODS, "H2O+PromptLookup"])
+def test_collectives(name):
+    """Two sums of activations a layer and one for the embedding; nothing as large as a layer's keys on one device."""
+    found, s = sharded.sent(name)
+    sums, others = split(found, s)
+    assert len(sums) == 2 * LAYERS + 1
+    expected = {kind: ALWAYS.get(kind, 0) + EXTRA.get(name, {}).get(kind, 0) for kind in ("all-gather", "all-reduce")}
+    assert {kind: sum(c.kind == kind for c in others) for kind in ("all-gather", "all-reduce")} == expected
+    assert len(others) == sum(expected.values()), "only sums and gathers"
+    smallest = min(x.addressable_shards[0].data.nbytes for x in cache_arrays(s))
+    assert all(c.bytes < smallest / 2 for c in others), others
+
+
+@pytest.mark.parametrize("name", sharded.METHODS)
+def test_every_array_lies_where_its_name_says(name):
+    """The compiled loop keeps the layout: what the caches held on one device after `start` is their share, and no more."""
+    _, s = sharded.sent(name)
+    for x in cache_arrays(s):
+        assert "data" in x.sharding.spec and (x.ndim == 3 or "model" in x.sharding.spec)
+
+
+def test_counting():
+    """A combined one adds up, an asynchronous start counts its result, pieces of one count once."""
+    text = """
+  %a = (f32[4,2]{1,0}, s32[]) all-reduce(%x, %y), channel_id=1
+  %b = (bf16[4,2]{1,0}, bf16[8,2]{1,0:T(8,128)}) all-gather-start(%x), channel_id=2
+  %c = f32[3]{0} all-gather(%x), channel_id=13, frontend_attributes={chain_id="0"}
+  %d = f32[3]{0} all-gather(%x), channel_id=13, frontend_attributes={chain_id="0"}
+  %e = f32[3]{0} fusion(%all-gather.1), kind=kLoop"""
+    assert collectives(text) == [
+        Collective("all-reduce", "f32[4,2] s32[]", 36),
+        Collective("all-gather", "bf16[8,2]", 32),
+        Collective("all-gather", "f32[3]", 12),
+    ]

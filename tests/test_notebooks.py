@@ -1,0 +1,77 @@
+"""Every notebook runs from top to bottom, on a shorter text (TOKEFF_NOTEBOOK_FAST), and draws what it promises."""
+
+import base64
+import os
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+MOST_BYTES = 1 << 20  # of a committed notebook, pictures included
+
+
+def images(notebook) -> list[bytes]:
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    return [base64.b64decode(o.data["image/png"]) for o in outputs if "image/png" in o.get("data", {})]
+
+
+def output_text(notebook) -> str:
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    return "".join(o.text for o in outputs if o.output_type == "stream" and o.name == "stdout")
+
+
+@pytest.fixture(scope="module")
+def executed():
+    """{name: notebook with its outputs}; the kernel finds this checkout, whether tokeff is installed or not."""
+    found = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TOKEFF_NOTEBOOK_FAST", "1")
+        patch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))))
+        for path in NOTEBOOKS:
+            notebook = nbformat.read(path, as_version=4)
+            NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
+            found[path.name] = notebook
+    return found
+
+
+def test_there_are_notebooks():
+    assert NOTEBOOKS
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_committed_notebook_is_small_and_clean(path):
+    """No outputs but pictures, and nothing that was left running."""
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert path.stat().st_size < MOST_BYTES
+    for cell in notebook.cells:
+        assert cell.cell_type != "code" or (cell.execution_count is None and all("image/png" in o.get("data", {}) for o in cell.outputs))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_first_code_cell_installs_on_colab(path):
+    notebook = nbformat.read(path, as_version=4)
+    first = next(cell for cell in notebook.cells if cell.cell_type == "code")
+    assert "google.colab" in first.source and "pip install" in first.source
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebook_runs_and_draws(path, executed):
+    notebook = executed[path.name]
+    pictures = images(notebook)
+    assert pictures, "no cell drew a picture"
+    assert all(p.startswith(b"\x89PNG") and len(p) > 5000 for p in pictures)
+
+
+def test_full_cache_answers_the_needle(executed):
+    """The last table: one line a budget, of which the full cache's says the right number under every method."""
+    text = output_text(executed["01_which_tokens_survive.ipynb"])
+    right = text.split("the right answer is")[1].split()[0]
+    full = text.split(f"(right:  {right})")[1].splitlines()[1].split()
+    assert full[0] == "1" and all(answer.rstrip(".") == right for answer in full[1:])
