@@ -74,4 +74,4 @@ def test_full_cache_answers_the_needle(executed):
     text = output_text(executed["01_which_tokens_survive.ipynb"])
     right = text.split("the right answer is")[1].split()[0]
     full = text.split(f"(right:  {right})")[1].splitlines()[1].split()
-    assert full[0] == "1" and all(answer.rstrip(".") == right for answer in full[1:])
+    assert full[0] == "100%" and all(answer.rstrip(".") == right for answer in full[1:])

@@ -50,5 +50,5 @@ def interpret_tpu():
 
 
 def races_found():
-    """Return whether the last kernel run under `interpret_tpu` raced (jax prints races, and keeps this flag private)."""
+    """Return whether the last kernel run under `interpret_tpu` raced (jax prints races; the flag is private)."""
     return bool(importlib.import_module("jax._src.pallas.mosaic.interpret.interpret_pallas_call").races.races_found)

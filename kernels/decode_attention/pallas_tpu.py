@@ -30,24 +30,28 @@ from tokeff.kernels.rows import NOTHING, head_rows, round_up, token_rows, tokens
 LANES = 128
 MAX_ROWS = 1024
 MAX_TABLE = 2**16  # page table entries; SMEM holds 1 MiB in all
+MAX_STEP = 2**19  # elements of a page of K, and of its scores: all of a step, twice, fits the 16 MiB of VMEM of a v5e
 LOW = -1e30  # running maximum before anything was seen: finite, so that it can be subtracted
 
 
 def refusal(q_BTNH, k_BKCH, v_BKCH, order_BKC, lo_BT, hi_BT, page_BKM=None, *, page_size, scale, softcap):
     """Return in one line why this kernel cannot take the call, or None."""
-    _, T, N, _ = q_BTNH.shape
-    K = k_BKCH.shape[1]
-    if {q_BTNH.dtype, k_BKCH.dtype, v_BKCH.dtype} not in ({jnp.dtype("float32")}, {jnp.dtype("bfloat16")}):
-        return f"q, k and v must all be float32 or all bfloat16, not {q_BTNH.dtype}, {k_BKCH.dtype}, {v_BKCH.dtype}"
-    if T * N // K > MAX_ROWS:
-        return f"T * G = {T * N // K} query rows a kv head exceed {MAX_ROWS}"
-    if page_BKM is None:
-        return None
-    tile = LANES if slots_on_lanes(k_BKCH) else _sublanes(k_BKCH.dtype)
-    if page_size % tile:
-        return f"page_size {page_size} is not a multiple of {tile}, the slots of a {k_BKCH.dtype} tile at H = {k_BKCH.shape[3]}"
-    if page_BKM.size > MAX_TABLE:
-        return f"a table of {page_BKM.size} pages exceeds {MAX_TABLE} entries of scalar memory"
+    (_, T, N, H), (B, K, C, _) = q_BTNH.shape, k_BKCH.shape
+    R, dtype = T * N // K, k_BKCH.dtype
+    if {q_BTNH.dtype, dtype, v_BKCH.dtype} not in ({jnp.dtype("float32")}, {jnp.dtype("bfloat16")}):
+        return f"q, k and v must all be float32 or all bfloat16, not {q_BTNH.dtype}, {dtype}, {v_BKCH.dtype}"
+    if R > MAX_ROWS:
+        return f"T * G = {R} query rows a kv head exceed {MAX_ROWS}"
+    pages = B * K * -(-C // _block_slots(C, R)) if page_BKM is None else page_BKM.size
+    if pages > MAX_TABLE:
+        return f"a table of {pages} pages exceeds {MAX_TABLE} entries of scalar memory"
+    tile = LANES if slots_on_lanes(k_BKCH) else _sublanes(dtype)
+    if page_BKM is not None and page_size % tile:
+        return f"page_size {page_size} is not a multiple of {tile}, the slots of a {dtype} tile at H = {H}"
+    if page_BKM is not None and page_size * max(R, H) > MAX_STEP:
+        return (
+            f"page_size {page_size} times {max(R, H)}, the larger of T * G and H, exceeds {MAX_STEP}, what VMEM holds"
+        )
     return None
 
 

@@ -75,7 +75,7 @@ def scores(q_BTNH, k_BKCH, order_BKC, lo_BT, hi_BT, *, scale, softcap):
 
 
 def weighted_values(p_BKRC, v_BKCH, *_):
-    """Return sum_c p * v of a V without NaN, added up in float32. bfloat16 values meet bfloat16 weights, as on an MXU."""
+    """Return sum_c p * v of a V without NaN, added up in float32. bfloat16 values meet bfloat16 weights."""
     return product("bkrc,bkch->bkrh", p_BKRC.astype(v_BKCH.dtype), v_BKCH)
 
 

@@ -79,13 +79,12 @@ def test_prompt_of_one_token():
     assert tiny.text(drafted(POLICIES["full"], LOOKUP, SHORT)) == plain(POLICIES["full"], SHORT)
 
 
-@pytest.mark.parametrize("place", [7, 8])
-def test_end_of_sequence_inside_an_accepted_span(place):
+def test_end_of_sequence_inside_an_accepted_span(place=7):
     """Tokens 6 to 10 of a row are one accepted span; what follows its end-of-sequence token is not emitted, and the row stops."""
     text = plain(POLICIES["full"])
     eos = text[0][place]
     wanted = [row[: row.index(eos) + 1] if eos in row else row for row in text]
-    s = drafted(POLICIES["full"], Replay(answers()), eos=(eos, tiny.CFG.V))
+    s = drafted(POLICIES["full"], Replay(answers()), eos=(eos,))
     assert tiny.text(s) == wanted
     assert s.done_B.all() and len(wanted[0]) <= place + 1
 
@@ -101,8 +100,8 @@ def test_length_limits_of_rows_cut_inside_a_span():
 
 def test_refused_drafts_leave_no_evidence():
     """After garbage, the rows H2O holds and their accumulated attention are those of plain decoding."""
-    policy, garbage, passes = POLICIES["h2o"], Garbage(tiny.CFG.V, never=0), 6
-    assert not any(0 in row for row in plain(policy)), "choose another token"
+    policy, passes = POLICIES["h2o"], 6
+    garbage = Garbage(tiny.CFG.V, never=min(set(range(tiny.CFG.V)) - {t for row in plain(policy) for t in row}))
     prompt = tiny.read(policy, dtype="float64")
     one = tiny.go(tiny.start(prompt, policy), policy, dtype="float64", steps=passes)
     # A pass leaves its evidence with its drafts; the next one adds what was accepted of it.

@@ -27,8 +27,8 @@ class Sampling:
 
     def check(self, rows: int) -> None:
         given = self.temperature if isinstance(self.temperature, tuple) else (self.temperature,)
-        if min(given) < 0:
-            raise UserError(f"temperature {min(given)} is negative; use 0 for greedy decoding")
+        if bad := [t for t in given if not 0 <= t < float("inf")]:
+            raise UserError(f"temperature {bad[0]} is not a number from 0 on; use 0 for greedy decoding")
         if isinstance(self.temperature, tuple) and len(self.temperature) != rows:
             raise UserError(f"{len(self.temperature)} temperatures for {rows} prompts; give one number or one per prompt")
         if self.top_k < 0 or not 0 < self.top_p <= 1 or not 0 <= self.min_p <= 1:

@@ -1,0 +1,102 @@
+"""Policy x pass x drafter: every combination runs or is refused with its reason, and what runs with drafts equals what runs without."""
+
+import itertools
+
+import numpy as np
+import pytest
+import runs
+import tiny
+from runs import listed, part, prompt
+from test_every_method import compiled
+
+from tokeff.decode.sample import Sampling
+from tokeff.errors import UserError
+from tokeff.generation import Setup
+from tokeff.kv.cache import Room
+from tokeff.kv.extend import pack
+from tokeff.listing import METHODS
+from tokeff.models.config import Precision
+from tokeff.models.load import Model
+
+pytestmark = pytest.mark.core
+NAMES = {kind: [m.name for m in METHODS if m.part == kind] for kind in ("kv", "cut", "decode")}
+SAMPLING = Sampling(0.9, top_k=20, top_p=0.95)
+
+
+def model() -> Model:
+    return Model(tiny.CFG, tiny.params(), None, Precision(), "tiny")
+
+
+def refusal(kv, cut, decode, kind) -> str | None:
+    """Why a combination is refused, or None."""
+    setup = Setup(**part(kv, kind), **(part(cut) if cut else {}), **(part(decode) if decode else {}))
+    try:
+        setup.check(model(), tiny.LENGTHS, tiny.NEW)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("kv", listed("kv"))
+def test_every_combination_is_possible_or_refused_at_once(kv):
+    programs = compiled()
+    for cut, decode, kind in itertools.product([None, *NAMES["cut"]], [None, *NAMES["decode"]], ["small", "fast"]):
+        reason = refusal(kv, cut, decode, kind)
+        assert reason is None or ("\n" not in reason and len(reason) < 250)
+        if decode is None or kind == "fast":
+            assert reason is None, "settings at which a method is exact under drafts fit every drafter and pass"
+    assert compiled() == programs, "a refusal comes before anything is compiled"
+
+
+@pytest.mark.parametrize("cut", NAMES["cut"])
+@pytest.mark.parametrize("kv", listed("kv"))
+def test_policy_over_a_pass_decodes(kv, cut):
+    """Every policy packs what a pass let through and decodes from it: finite logits, no row twice, the newest row read."""
+    policy, p = part(kv)["kv"], prompt(cut)
+    layers = pack(policy, p.layers, Room(2), tiny.CFG)
+    for t, (logits, layers) in enumerate(tiny.forced(policy, layers, p, runs.GIVEN[:, :2])):  # noqa: B020
+        assert np.isfinite(logits).all()
+        for layer in layers:
+            for b, heads in enumerate(tiny.kept(policy, layer)):
+                for orders in heads:
+                    assert len(set(orders)) == len(orders) and orders[-1] == int(p.next_B[b]) + t
+
+
+@pytest.mark.parametrize("name", listed("kv"))
+def test_drafts_under_a_policy_equal_one_token_decoding_under_it(name):
+    """Tree drafts, ragged batch; evicting policies in blocks, compared with one-token decoding that evicts at the same boundaries."""
+    s = runs.decoded(kv=name, decode="TokenRecycling", kind="fast")
+    assert tiny.text(s) == tiny.text(runs.decoded(kv=name, kind="fast"))
+    assert int(s.passes_B.min()) < tiny.NEW - 1, "no draft was ever accepted, so nothing was tested"
+
+
+@pytest.mark.parametrize(
+    ("kv", "cut", "decode"),
+    [
+        pytest.param(kv, cut, decode, marks=pytest.mark.xdist_group(cut or kv))
+        for kv, cut, decode in [
+            ("Full", "GemFilter", "TokenRecycling"), ("Full", "PromptDistill", "TokenRecycling"), ("H2O", "PromptDistill", "TokenRecycling"),
+            ("TidalDecode", "GemFilter", "PromptLookup"), ("H2O", None, "PromptLookup"), ("AdaKV", None, "PromptLookup"),
+        ]
+    ],
+)  # fmt: skip
+def test_sampled_combinations_equal_plain(kv, cut, decode):
+    s = runs.decoded(kv=kv, cut=cut, decode=decode, kind="fast")
+    assert tiny.text(s) == tiny.text(runs.decoded(kv=kv, cut=cut, kind="fast"))
+
+
+@pytest.mark.xdist_group("Full")
+def test_sampled_text_depends_on_seed_and_row_alone():
+    """The same tokens whatever the batch mates, the chunks and the drafts; another seed gives others."""
+    text = tiny.text(runs.generate(how=SAMPLING))
+    other = dict(how=SAMPLING, decode="TokenRecycling")
+    assert tiny.text(runs.generate(**other)) == text
+    assert tiny.text(sampled("chunked")) == text
+    assert tiny.text(sampled("swapped", rows=(1, 0))) == text[::-1]
+    assert tiny.text(sampled("batch", seed=1)) != text
+
+
+def sampled(how: str, **options):
+    """Sampled text from one of the shared prefills."""
+    s = tiny.start(prompt(None, "small", how), tiny.FULL, how=SAMPLING, **options)
+    return tiny.go(s, tiny.FULL, how=SAMPLING)

@@ -1,0 +1,78 @@
+"""The compiled decode loop writes rows into the cache where it lies: no copy of a cache-sized buffer in the body of the loop."""
+
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+import runs
+import tiny
+from runs import listed, part
+
+from tokeff.decode.loop import run
+from tokeff.decode.sample import GREEDY
+
+pytestmark = pytest.mark.core
+# Handing a buffer on, writing rows into it in place.
+FREE = {"parameter", "bitcast", "tuple", "get-tuple-element", "while", "conditional", "scatter", "call", "broadcast", "select"}
+STRICT = {"Full", "Random", "Recent", "SnapKV", "H2O", "TidalDecode"}  # others turn or gather keys in every step, and say so
+
+
+def instructions(text: str):
+    """(computation, shape, operation, line) of every instruction of a compiled module."""
+    computation = None
+    for line in text.splitlines():
+        if opened := re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line):
+            computation = "entry" if opened[1] else opened[2]
+        if made := re.match(r"\s+(?:ROOT )?%?[\w.\-]+ = \w+\[([\d,]+)\]\S* ([\w\-]+)\(", line):
+            yield computation, tuple(map(int, made[1].split(","))), made[2], line.strip()
+
+
+def large(text: str, size: int) -> list[tuple[str, str]]:
+    """(operation, line) of what makes a cache-sized array outside the entry and outside the branch that only a NaN takes."""
+    rescue = set(re.findall(r"branch_computations=\{%?([\w.\-]+), ", text))  # the first branch is the condition being false
+    return [
+        (operation, line)
+        for computation, shape, operation, line in instructions(text)
+        if computation != "entry" and computation not in rescue and math.prod(shape) >= size and operation not in FREE
+    ]
+
+
+def compiled(policy, drafter=tiny.PLAIN, body=None):
+    """(HLO text of the decode loop of this policy, elements of its smallest key store)."""
+    s = tiny.start(runs.prompt(), policy, drafter)
+    program = run.lower(tiny.params(), tiny.CFG, s, jnp.int32(5), policy=policy, drafter=drafter, how=GREEDY, eos=())
+    sizes = [x.size for x in jax.tree.leaves(s.layers) if x.ndim == 4 and x.shape[-1] == tiny.CFG.H and x.shape[2] >= 16]
+    return program.compile().as_text(), min(sizes)
+
+
+@pytest.mark.parametrize("name", listed("kv"))
+def test_decode_loop_copies_no_cache(name):
+    """One token at a time, eviction, ragged batch, inside the loop."""
+    text, size = compiled(part(name)["kv"])
+    found = large(text, size)
+    assert not [line for operation, line in found if operation.startswith("copy")]
+    if name in STRICT:
+        others = [line for operation, line in found if not (operation == "fusion" and "scatter" in line)]
+        assert not others, others
+
+
+@pytest.mark.parametrize("name", listed("kv", where=lambda m: m.name in ("Full", "H2O")))
+def test_draft_loop_copies_no_cache(name):
+    text, size = compiled(part(name, "fast")["kv"], part("TokenRecycling")["decode"])
+    assert not [line for operation, line in large(text, size) if operation.startswith("copy")]
+
+
+@pytest.mark.xdist_group("Full")
+def test_the_check_sees_a_copy():
+    """Negative control: a buffer written after it was read in the same step is copied, and found."""
+
+    def body(i, x):
+        before = x * 2.0
+        x = x.at[:, :, i].set(1.0)
+        return x.at[:, :, i + 1].set(before[:, :, i] + jnp.flip(before, 2)[:, :, i])
+
+    cache = jnp.zeros((2, 2, 84, 8))
+    text = jax.jit(lambda x: jax.lax.fori_loop(0, 9, body, x)).lower(cache).compile().as_text()
+    assert large(text, cache.size) or "copy" in text
