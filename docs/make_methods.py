@@ -32,7 +32,8 @@ def link(method: Method) -> str:
 def cells(method: Method) -> tuple[str, ...]:
     call = f"`{HOME[method.family]}.{method.make.__name__}()`"
     output = "lossless" if method.lossless else "lossy"
-    return method.name, call, f"`{method.part}`", method.family, output, f"`{method.budgeted_by}`" if method.budgeted_by else "—", link(method)
+    budget = f"`{method.budgeted_by}`" if method.budgeted_by else "—"
+    return method.name, call, f"`{method.part}`", method.family, output, budget, link(method)
 
 
 def text() -> str:

@@ -7,6 +7,8 @@ import os
 from collections import Counter
 from pathlib import Path
 
+import pytest
+
 DEVICES = "--xla_force_host_platform_device_count"
 if DEVICES not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES}=8".strip()
@@ -27,7 +29,7 @@ def pytest_terminal_summary(terminalreporter):
     for reports in terminalreporter.stats.values():
         for report in reports:
             for marker in MARKERS:
-                if marker in getattr(report, "keywords", {}):
+                if isinstance(report, pytest.TestReport) and marker in report.keywords:
                     seconds[marker] += report.duration
                     tests[marker] += report.when == "call"
     if seconds:

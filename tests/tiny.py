@@ -75,8 +75,9 @@ def weights(cfg: Config, seed: int = 0, follow: float = 0.7) -> tuple[Params, np
 
 @cache
 def params(cfg: Config = CFG, dtype: str = "float32") -> Params:
-    """The weights as arrays."""
-    return jax.tree.map(lambda x: jnp.asarray(x, dtype), weights(cfg)[0])
+    """The weights as arrays, also when first asked for inside a jitted function."""
+    with jax.ensure_compile_time_eval():
+        return jax.tree.map(lambda x: jnp.asarray(x, dtype), weights(cfg)[0])
 
 
 @cache
@@ -108,9 +109,7 @@ def read(policy, rows=None, *, cfg=CFG, dtype="float32", cut=None, chunk=None, e
     return prefill(params(cfg, dtype), cfg, tokens, length, evidence=wanted, cut=cut, chunk=chunk)
 
 
-def start(
-    prompt: Prompt, policy, drafter=PLAIN, *, cfg=CFG, new=NEW, how=GREEDY, eos=(), seed=0, rows=None, keys=None
-) -> Decoding:
+def start(prompt: Prompt, policy, drafter=PLAIN, *, cfg=CFG, new=NEW, how=GREEDY, eos=(), seed=0, rows=None, keys=None) -> Decoding:
     """Pack, and draw the first token. rows: which rows of a batch these are, for their noise."""
     B = prompt.tokens_BT.shape[0]
     layers = pack(policy, prompt.layers, Room(new, drafter.nodes if drafter.nodes > 1 else 0), cfg)

@@ -61,7 +61,7 @@ def computations(text):
 def body_lines(text):
     """Every line that a turn of the outermost loop may run, of fused computations only what they return."""
     found = computations(text)
-    whiles = [line for lines in found.values() for line in lines if " while(" in line and f"f32[{CFG.V}," in line]
+    whiles = [line for lines in found.values() for line in lines if " while(" in line]
     todo, seen = [re.search(r"body=%?([\w.\-]+)", max(whiles, key=len))[1]], {}
     while todo:
         if (name := todo.pop()) not in seen:

@@ -22,7 +22,7 @@ POLICIES = {
     "tidaldecode": tidaldecode(0.5, (0,), (1,), 8),
 }
 LOOKUP, RECYCLING = prompt_lookup(length=4, ngram=2), token_recycling(tiny.TREE)
-T = max(tiny.LENGTHS)
+T, PROMPTS = max(tiny.LENGTHS), tiny.prompts()
 SHORT = ((5,), tiny.prompts()[1])  # a prompt of one token beside a long one
 
 
@@ -34,15 +34,15 @@ def double():
 
 
 @functools.cache
-def plain(policy, rows=tiny.prompts()):
+def plain(policy, rows=PROMPTS):
     return tiny.text(tiny.decode(policy, rows=rows, T=T, dtype="float64"))
 
 
-def drafted(policy, drafter, rows=tiny.prompts(), **options):
+def drafted(policy, drafter, rows=PROMPTS, **options):
     return tiny.decode(policy, drafter, rows, T=T, dtype="float64", **options)
 
 
-def answers(rows=tiny.prompts()) -> tuple[tuple[int, ...], ...]:
+def answers(rows=PROMPTS) -> tuple[tuple[int, ...], ...]:
     """Prompt and greedy continuation of each row."""
     return tuple((*row, *new) for row, new in zip(rows, plain(POLICIES["full"], rows), strict=True))
 
@@ -79,14 +79,14 @@ def test_prompt_of_one_token():
     assert tiny.text(drafted(POLICIES["full"], LOOKUP, SHORT)) == plain(POLICIES["full"], SHORT)
 
 
-def test_end_of_sequence_inside_an_accepted_span(place=7):
+def test_end_of_sequence_inside_an_accepted_span():
     """Tokens 6 to 10 of a row are one accepted span; what follows its end-of-sequence token is not emitted, and the row stops."""
     text = plain(POLICIES["full"])
-    eos = text[0][place]
+    eos = text[0][7]
     wanted = [row[: row.index(eos) + 1] if eos in row else row for row in text]
     s = drafted(POLICIES["full"], Replay(answers()), eos=(eos,))
     assert tiny.text(s) == wanted
-    assert s.done_B.all() and len(wanted[0]) <= place + 1
+    assert s.done_B.all() and len(wanted[0]) <= 8
 
 
 def test_length_limits_of_rows_cut_inside_a_span():

@@ -9,6 +9,10 @@ from oracles import policies as oracle
 from oracles.against import agree, dense, read
 
 from tokeff.kv import methods as kv
+from tokeff.kv.budget import Spread
+from tokeff.kv.cache import Room
+from tokeff.kv.extend import pack
+from tokeff.kv.pool import KeepByHead
 from tokeff.kv.score import Chance
 from tokeff.models.flow import Here
 
@@ -52,3 +56,23 @@ def test_oracles_differ():
     """The comparison means something: no two policies keep the same rows of this prompt."""
     kept = {name: tuple(tuple(caches(make)[0].kept(2, h)) for h in range(2)) for name, (_, make) in CASES.items() if "blocks" not in name}
     assert len(set(kept.values())) == len(kept)
+
+
+def test_pool_equals_rows_at_equal_budgets():
+    """A safeguard of 1 gives every head the same number of rows: pages and plain slots then hold and read the same."""
+    rule = kv.snapkv(0.5, 6)
+    make = CASES["snapkv"][1]
+    agree(KeepByHead(rule, Spread(1.0), page=4), caches(make))
+
+
+def test_heads_have_different_budgets_and_memory_is_their_sum():
+    """AdaKV's heads hold unequal numbers of rows; the pool is as large as their sum, to a page a head."""
+    policy = kv.adakv(0.5, 6, page=4)
+    prompt = read(policy.needs())
+    unequal = 0
+    for layer in pack(policy, prompt.layers, Room(0), tiny.CFG):
+        counts = [[len(head) for head in row] for row in tiny.kept(policy, layer)]
+        assert [sum(row) for row in counts] == [2 * n for n in ROWS]
+        unequal += counts[0][0] != counts[0][1]
+        assert layer.pool.k_BPRH.shape[1] * 4 <= 2 * ROWS[0] + 2 * 4
+    assert unequal

@@ -30,11 +30,11 @@ def read(evidence, cut=None, cfg=tiny.CFG):
 def agree(policy, caches, cut=None, cfg=tiny.CFG, compare_kept=True):
     """Assert equal logits and kept rows. caches: one oracle cache per prompt; their first row follows the prompt's last."""
     prompt = read(policy.needs(), cut, cfg)
-    layers = pack(policy, prompt.layers, Room(STEPS), cfg)
+    packed = pack(policy, prompt.layers, Room(STEPS), cfg)
     if compare_kept:
-        same_rows(policy, layers, caches, "after the prompt")
+        same_rows(policy, packed, caches, "after the prompt")
     steps = [oracle.decode(c.m, c, GIVEN[b], int(prompt.next_B[b])) for b, c in enumerate(caches)]
-    for t, (logits, layers) in enumerate(tiny.forced(policy, layers, prompt, GIVEN, cfg=cfg)):
+    for t, (logits, layers) in enumerate(tiny.forced(policy, packed, prompt, GIVEN, cfg=cfg)):
         wanted = np.stack([next(step)[0] for step in steps])
         np.testing.assert_allclose(logits, wanted, atol=ATOL, err_msg=f"logits after token {t}")
         if compare_kept:

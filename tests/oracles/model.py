@@ -16,9 +16,7 @@ class Model:
         self.embeddings = np.asarray(params.embed_VD, np.float64)
         self.head = self.embeddings if params.head_VD is None else np.asarray(params.head_VD, np.float64)
         self.norm = np.asarray(params.norm_D, np.float64)
-        self.blocks = [
-            {name: np.asarray(x, np.float64) for name, x in vars(b).items() if x is not None} for b in params.blocks
-        ]
+        self.blocks = [{name: np.asarray(x, np.float64) for name, x in vars(b).items() if x is not None} for b in params.blocks]
 
     def embed(self, token: int) -> np.ndarray:
         return self.embeddings[token]

@@ -12,19 +12,20 @@ import transformers as tf
 
 
 def continued(model, ids, new, **more):
-    """New token ids of one prompt, and for each the distance of the two best logits."""
+    """New token ids of one prompt, and for each the distance of the two best logits. Prompt lookup may go beyond `new`: cut."""
     given = torch.tensor([ids])
     out = model.generate(
         given, attention_mask=torch.ones_like(given), max_new_tokens=new, do_sample=False,
         return_dict_in_generate=True, output_logits=True, **more,
     )  # fmt: skip
-    best = torch.stack([x[0] for x in out.logits]).topk(2).values
-    return {"tokens": out.sequences[0, len(ids) :].tolist(), "margins": (best[:, 0] - best[:, 1]).tolist()}
+    best = torch.stack([x[0] for x in out.logits[:new]]).topk(2).values
+    return {"tokens": out.sequences[0, len(ids) :][:new].tolist(), "margins": (best[:, 0] - best[:, 1]).tolist()}
 
 
 @torch.inference_mode()
 def main(folder, new):
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # tests run side by side, and waiting threads spin
+    tf.utils.logging.disable_progress_bar()
     model = tf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
     prompts = json.loads((Path(folder) / "prompts.json").read_text())
     found = {

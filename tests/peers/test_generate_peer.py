@@ -16,7 +16,7 @@ from tokeff.models.config import Precision
 from tokeff.models.load import load
 
 SCRIPT = Path(__file__).with_name("generate.py")
-NEW, MARGIN = 24, 1e-3
+NEW, MARGIN = 16, 1e-3
 
 
 @pytest.fixture(scope="module")

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import tiny
 
-from tokeff.decode.loop import Decoding
+from tokeff.decode.loop import Decoding, run
 from tokeff.kv.cache import Room
-from tokeff.kv.extend import pack
+from tokeff.kv.extend import _pack_one, pack
 from tokeff.kv.policy import Ask
-from tokeff.kv.prefill import Prompt
+from tokeff.kv.prefill import Prompt, one_layer
 from tokeff.listing import METHODS
 
 STEPS = 6
@@ -33,6 +33,11 @@ def method(name: str):
     return next(m for m in METHODS if m.name == name)
 
 
+def programs() -> tuple[int, ...]:
+    """How many programs each jitted function holds."""
+    return tuple(f._cache_size() for f in (run, one_layer, _pack_one))
+
+
 def part(name: str, kind: str = "small") -> dict[str, Any]:
     """{'kv' | 'cut' | 'decode': object} of one method; kind: small, fast (exact under drafts) or identity. A new object every time."""
     m = method(name)
@@ -48,15 +53,15 @@ def evidence() -> tuple[Ask, ...]:
 
 
 @cache
-def prompt(cut: str | None = None, kind: str = "small", how: str = "batch") -> Prompt:
-    """The dense prefill. how: batch, chunked, swapped (rows in the other order) or single (the second prompt alone, not padded)."""
-    rows = {"swapped": tiny.prompts()[::-1], "single": tiny.prompts()[1:]}.get(how, tiny.prompts())
+def prompt(cut: str | None = None, kind: str = "small", form: str = "batch") -> Prompt:
+    """The dense prefill. form: batch, chunked, swapped (rows in the other order) or single (the second prompt alone, not padded)."""
+    rows = {"swapped": tiny.prompts()[::-1], "single": tiny.prompts()[1:]}.get(form, tiny.prompts())
     chosen = part(cut, kind)["cut"] if cut else None
-    return tiny.read(tiny.FULL, rows, evidence=evidence(), cut=chosen, chunk=CHUNK if how == "chunked" else None)
+    return tiny.read(tiny.FULL, rows, evidence=evidence(), cut=chosen, chunk=CHUNK if form == "chunked" else None)
 
 
-def prompt_of(name: str, kind: str, how: str = "batch") -> Prompt:
-    return prompt(name, kind, how) if method(name).part == "cut" else prompt(None, "small", how)
+def prompt_of(name: str, kind: str, form: str = "batch") -> Prompt:
+    return prompt(name, kind, form) if method(name).part == "cut" else prompt(None, "small", form)
 
 
 @dataclass(frozen=True)
@@ -69,29 +74,29 @@ class Steps:
 
 
 @cache
-def steps(name: str, kind: str = "small", how: str = "batch") -> Steps:
+def steps(name: str, kind: str = "small", form: str = "batch") -> Steps:
     """Decode GIVEN under one method."""
-    policy, p = part(name, kind).get("kv", tiny.FULL), prompt_of(name, kind, how)
-    given = GIVEN[1:] if how == "single" else GIVEN
-    layers = packed = pack(policy, p.layers, Room(STEPS), tiny.CFG)
+    policy, p = part(name, kind).get("kv", tiny.FULL), prompt_of(name, kind, form)
+    given = GIVEN[1:] if form == "single" else GIVEN
+    packed = pack(policy, p.layers, Room(STEPS), tiny.CFG)
     logits, kept = [], [[tiny.kept(policy, layer) for layer in packed]]
-    for out, layers in tiny.forced(policy, layers, p, given):
+    for out, layers in tiny.forced(policy, packed, p, given):
         logits.append(out)
         kept.append([tiny.kept(policy, layer) for layer in layers])
     return Steps(packed, np.stack(logits), kept)
 
 
 @cache
-def decoded(kv: str = "Full", cut: str | None = None, decode: str | None = None, kind: str = "small", how: str = "batch") -> Decoding:
+def decoded(kv: str = "Full", cut: str | None = None, decode: str | None = None, kind: str = "small", form: str = "batch") -> Decoding:
     """Greedy text under one combination. Do not go on from it: it is shared."""
-    return generate(kv, cut, decode, kind, how)
+    return generate(kv, cut, decode, kind, form)
 
 
-def generate(kv="Full", cut=None, decode=None, kind="small", how="batch", **options) -> Decoding:
-    """`decoded`, anew."""
+def generate(kv="Full", cut=None, decode=None, kind="small", form="batch", **options) -> Decoding:
+    """`decoded`, anew; options as of `tiny.start`."""
     policy, drafter = part(kv, kind)["kv"], part(decode, kind)["decode"] if decode else tiny.PLAIN
     named = {name: options[name] for name in ("how", "eos") if name in options}
-    s = tiny.start(prompt(cut, "small", how), policy, drafter, **options)
+    s = tiny.start(prompt(cut, "small", form), policy, drafter, **options)
     return tiny.go(s, policy, drafter, **named)
 
 

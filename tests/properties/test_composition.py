@@ -7,7 +7,6 @@ import pytest
 import runs
 import tiny
 from runs import listed, part, prompt
-from test_every_method import compiled
 
 from tokeff.decode.sample import Sampling
 from tokeff.errors import UserError
@@ -39,22 +38,24 @@ def refusal(kv, cut, decode, kind) -> str | None:
 
 @pytest.mark.parametrize("kv", listed("kv"))
 def test_every_combination_is_possible_or_refused_at_once(kv):
-    programs = compiled()
+    programs = runs.programs()
     for cut, decode, kind in itertools.product([None, *NAMES["cut"]], [None, *NAMES["decode"]], ["small", "fast"]):
         reason = refusal(kv, cut, decode, kind)
         assert reason is None or ("\n" not in reason and len(reason) < 250)
-        if decode is None or kind == "fast":
-            assert reason is None, "settings at which a method is exact under drafts fit every drafter and pass"
-    assert compiled() == programs, "a refusal comes before anything is compiled"
+        if cut is None and (decode is None or kind == "fast"):
+            assert reason is None, "settings at which a method is exact under drafts fit every drafter"
+    assert runs.programs() == programs, "a refusal comes before anything is compiled"
 
 
 @pytest.mark.parametrize("cut", NAMES["cut"])
 @pytest.mark.parametrize("kv", listed("kv"))
 def test_policy_over_a_pass_decodes(kv, cut):
     """Every policy packs what a pass let through and decodes from it: finite logits, no row twice, the newest row read."""
+    if refusal(kv, cut, None, "small"):
+        return
     policy, p = part(kv)["kv"], prompt(cut)
-    layers = pack(policy, p.layers, Room(2), tiny.CFG)
-    for t, (logits, layers) in enumerate(tiny.forced(policy, layers, p, runs.GIVEN[:, :2])):  # noqa: B020
+    packed = pack(policy, p.layers, Room(2), tiny.CFG)
+    for t, (logits, layers) in enumerate(tiny.forced(policy, packed, p, runs.GIVEN[:, :2])):
         assert np.isfinite(logits).all()
         for layer in layers:
             for b, heads in enumerate(tiny.kept(policy, layer)):
@@ -70,16 +71,19 @@ def test_drafts_under_a_policy_equal_one_token_decoding_under_it(name):
     assert int(s.passes_B.min()) < tiny.NEW - 1, "no draft was ever accepted, so nothing was tested"
 
 
+SAMPLE = [
+    ("Full", "GemFilter", "TokenRecycling"),
+    ("Full", "PromptDistill", "TokenRecycling"),
+    ("H2O", "PromptDistill", "TokenRecycling"),
+    ("TidalDecode", "GemFilter", "PromptLookup"),
+    ("H2O", None, "PromptLookup"),
+    ("AdaKV", None, "PromptLookup"),
+]
+
+
 @pytest.mark.parametrize(
-    ("kv", "cut", "decode"),
-    [
-        pytest.param(kv, cut, decode, marks=pytest.mark.xdist_group(cut or kv))
-        for kv, cut, decode in [
-            ("Full", "GemFilter", "TokenRecycling"), ("Full", "PromptDistill", "TokenRecycling"), ("H2O", "PromptDistill", "TokenRecycling"),
-            ("TidalDecode", "GemFilter", "PromptLookup"), ("H2O", None, "PromptLookup"), ("AdaKV", None, "PromptLookup"),
-        ]
-    ],
-)  # fmt: skip
+    ("kv", "cut", "decode"), [pytest.param(*parts, marks=pytest.mark.xdist_group(parts[1] or parts[0])) for parts in SAMPLE]
+)
 def test_sampled_combinations_equal_plain(kv, cut, decode):
     s = runs.decoded(kv=kv, cut=cut, decode=decode, kind="fast")
     assert tiny.text(s) == tiny.text(runs.decoded(kv=kv, cut=cut, kind="fast"))
@@ -89,14 +93,8 @@ def test_sampled_combinations_equal_plain(kv, cut, decode):
 def test_sampled_text_depends_on_seed_and_row_alone():
     """The same tokens whatever the batch mates, the chunks and the drafts; another seed gives others."""
     text = tiny.text(runs.generate(how=SAMPLING))
-    other = dict(how=SAMPLING, decode="TokenRecycling")
-    assert tiny.text(runs.generate(**other)) == text
-    assert tiny.text(sampled("chunked")) == text
-    assert tiny.text(sampled("swapped", rows=(1, 0))) == text[::-1]
-    assert tiny.text(sampled("batch", seed=1)) != text
-
-
-def sampled(how: str, **options):
-    """Sampled text from one of the shared prefills."""
-    s = tiny.start(prompt(None, "small", how), tiny.FULL, how=SAMPLING, **options)
-    return tiny.go(s, tiny.FULL, how=SAMPLING)
+    assert tiny.text(runs.generate(how=SAMPLING, decode="TokenRecycling")) == text
+    assert tiny.text(runs.generate(how=SAMPLING, form="chunked")) == text
+    assert tiny.text(runs.generate(how=SAMPLING, form="swapped", rows=(1, 0))) == text[::-1]
+    assert tiny.text(runs.generate(how=SAMPLING, seed=1)) != text
+    assert text != tiny.text(runs.decoded())

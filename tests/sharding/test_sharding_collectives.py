@@ -22,10 +22,10 @@ EXTRA = {
 
 
 def cache_arrays(s) -> list[jax.Array]:
-    """The big arrays of a packed cache: those with a head dim and one row per token."""
-    named = jax.tree_util.tree_leaves_with_path(s.layers)
+    """The arrays that hold the prompt's rows: keys, values, or what stands for them."""
     stored = ("k_BKCH", "v_BKCH", "k_BPRH", "v_BPRH", "v_BKSH", "low_BSY")
-    return [x for path, x in named if path[-1].name in stored and x.size]
+    named = [(path[-1].name, x) for path, x in jax.tree_util.tree_leaves_with_path(s.layers)]
+    return [x for name, x in named if name in stored and x.nbytes > max(x.nbytes for _, x in named) / 3]
 
 
 def split(found: list[Collective], s) -> tuple[list[Collective], list[Collective]]:

@@ -34,7 +34,7 @@ def check_equal(K: int, name: str, m) -> None:
             x, y = np.asarray(x), np.asarray(y)
             where = f"{name} {jax.tree_util.keystr(path)}"
             if np.issubdtype(x.dtype, np.floating):
-                np.testing.assert_allclose(x, y, atol=1e-4, err_msg=where)
+                np.testing.assert_allclose(x, y, atol=1e-4, rtol=1e-5, err_msg=where)
             else:
                 np.testing.assert_array_equal(x, y, err_msg=where)
 

@@ -18,6 +18,7 @@ from tokeff.sparse.select import slots_of
 pytestmark = pytest.mark.core
 TIDAL = {
     "one selection": tidaldecode(0.375, dense=(0,), select=(1,), recent=8),
+    "no recent rows, as published": tidaldecode(0.375, dense=(0,), select=(1,), recent=0),
     "chosen again": tidaldecode(0.375, dense=(), select=(0, 2), recent=8),
 }
 SHADOW = ShadowKV(0.25, rank=0.5, chunk_rows=4, outliers=0.1, local=2)
@@ -74,5 +75,6 @@ def test_selection_crosses_layers_of_different_capacity():
     q, k, v = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((1, 1, 1, 8), (1, 1, 6, 8), (1, 1, 6, 8)))
     lo, hi = jnp.zeros((1, 1), jnp.int32), jnp.full((1, 1), 30)
     out, _ = decode_attention(q, k, v, order, lo, hi, page_BKM=slots_of(order, wanted), scale=0.3)
-    few, _ = decode_attention(q, k[:, :, jnp.array([0, 2, 3])], v[:, :, jnp.array([0, 2, 3])], jnp.asarray([[[2, 9, 11]]]), lo, hi, scale=0.3)
+    some = jnp.array([0, 2, 3])
+    few, _ = decode_attention(q, k[:, :, some], v[:, :, some], order[:, :, some], lo, hi, scale=0.3)
     np.testing.assert_allclose(out, few, atol=1e-6)

@@ -26,6 +26,7 @@ from tokeff.models.load import Model, load
 
 Timer = Callable[[], float]  # does the work once and returns its seconds
 READ_BYTES = 512 * 2**20
+WIDTH = 130  # columns of the printed table, at least
 READS = "read "  # names of the programs that measure bandwidth start with this
 
 
@@ -156,19 +157,22 @@ def save(out: Path, name: str, rows: list[dict[str, Any]], args: Sequence[str]) 
     return path
 
 
-def show(title: str, rows: list[dict[str, Any]]) -> None:
-    """Print rows as a table, one column a field."""
+def show(title: str, rows: list[dict[str, Any]], columns: Sequence[str] = ()) -> None:
+    """Print rows as a table, one column a field (all of them, or those named)."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
-    for name in rows[0]:
+    columns = columns or tuple(rows[0])
+    for name in columns:
         table.add_column(name.replace("_", " "), justify="left" if isinstance(rows[0][name], str) else "right")
     for row in rows:
-        table.add_row(*(Text(_cell(v)) for v in row.values()))
-    Console().print(table)
+        table.add_row(*(Text(_cell(row[name])) for name in columns))
+    console = Console()
+    console.width = max(console.width, WIDTH)  # 80 where the output is a file
+    console.print(table)
 
 
 def _cell(value: Any) -> str:
@@ -177,7 +181,7 @@ def _cell(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) and abs(value) < 100 else f"{value:.0f}" if isinstance(value, float) else str(value)
 
 
-def finish(name: str, rows: list[dict[str, Any]], out: Path, args: Sequence[str]) -> None:
+def finish(name: str, rows: list[dict[str, Any]], out: Path, args: Sequence[str], columns: Sequence[str] = ()) -> None:
     """Print and save."""
-    show(name, rows)
+    show(name, rows, columns)
     print(save(out, name, rows, args))

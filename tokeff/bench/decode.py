@@ -31,6 +31,10 @@ from tokeff.models.load import Model
 CONTEXTS = (2048, 8192)
 METHODS = ("Full", "SnapKV", "H2O")
 PEER = "transformers"
+SHOWN = (
+    "method", "context", "tokens_per_s", "floor_tokens_per_s", "of_floor", "of_dense", "of_transformers", "cache_read_mb",
+    "slowest_of_fastest",
+)  # fmt: skip
 
 
 def rows_of(m: Model, policy: Policy, n: int, seed: int = 0) -> tuple[Prefilled, ...]:
@@ -131,4 +135,4 @@ def main(args: list[str]) -> None:
         found = rows(
             m, known.contexts, known.methods, budget=known.budget, tokens=known.tokens, rounds=known.rounds, other=other
         )
-    common.finish("decode", found, known.out, args)
+    common.finish("decode", found, known.out, args, SHOWN)

@@ -54,6 +54,7 @@ def answer(model, kept, ask):
 def main(folder, threads):
     """Answer requests until the input ends."""
     torch.set_num_threads(int(threads))
+    transformers.utils.logging.disable_progress_bar()
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
     kept = {}
     print(json.dumps({"torch": torch.__version__, "transformers": transformers.__version__}), flush=True)
