@@ -17,7 +17,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import os
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -51,6 +53,7 @@ from tokeff.kv.policy import Policy, Prefilled  # noqa: E402
 from tokeff.models.config import Config, Precision  # noqa: E402
 from tokeff.models.layout import abstract  # noqa: E402
 from tokeff.models.presets import LLAMA3_8B  # noqa: E402
+from tokeff.sparse.methods import tidaldecode  # noqa: E402
 
 SLICE = "v5e:2x4"
 BFLOAT16 = Precision("bfloat16", "bfloat16", "bfloat16")
@@ -61,8 +64,11 @@ CASES: tuple[tuple[str, Policy, int, int], ...] = (
     ("Full", kv.full(), 2, 4),
     ("Full", kv.full(), 1, 8),
     ("SnapKV 10%", kv.snapkv(0.1), 2, 4),
+    ("StreamingLLM 10%", kv.streaming_llm(0.1), 2, 4),
     ("H2O 10%", kv.h2o(0.1), 2, 4),
     ("AdaKV 10%", kv.adakv(0.1), 2, 4),
+    ("TidalDecode 10%", tidaldecode(0.1), 2, 4),
+    ("ShadowKV 10%", kv.shadowkv(0.1), 2, 4),
 )
 GIB = 2**30
 
@@ -105,14 +111,7 @@ def on_mesh(tree: Any, mesh: Mesh) -> Any:
 def share(tree: Any) -> int:
     """Bytes of a tree of placed shapes on one device, as the table says."""
     leaves = jax.tree.leaves(tree)
-    return sum(x.dtype.itemsize * _product(x.sharding.shard_shape(x.shape)) for x in leaves)
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    n = 1
-    for d in shape:
-        n *= d
-    return n
+    return sum(x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in leaves)
 
 
 def compile_step(cfg: Config, policy: Policy, mesh: Mesh, drafter: Drafter | None = None, *, B=BATCH, S=CONTEXT, new=NEW):
@@ -129,6 +128,13 @@ def compile_step(cfg: Config, policy: Policy, mesh: Mesh, drafter: Drafter | Non
         return lowered.compile(), params, s
 
 
+def cache_copies(hlo: str, s: Decoding) -> int:
+    """How often the step copies a whole array of keys or values to another place or layout."""
+    stored = {x.sharding.shard_shape(x.shape) for x in jax.tree.leaves(s.layers) if x.ndim == 4}
+    shapes = (f"bf16[{','.join(map(str, dims))}]" for dims in stored if math.prod(dims) > s.tokens_BS.size * 16)
+    return sum(len(re.findall(rf"= {re.escape(shape)}\S* copy\(", hlo)) for shape in shapes)
+
+
 def row(name: str, cfg: Config, policy: Policy, data: int, model: int) -> dict[str, Any]:
     """One line of the results: bytes on each chip, and what it sends in a step."""
     begun = time.perf_counter()
@@ -139,6 +145,7 @@ def row(name: str, cfg: Config, policy: Policy, data: int, model: int) -> dict[s
         "weights_bytes": share(params), "state_bytes": share(s), "argument_bytes": m.argument_size_in_bytes,
         "output_bytes": m.output_size_in_bytes, "alias_bytes": m.alias_size_in_bytes, "temp_bytes": m.temp_size_in_bytes,
         "peak_bytes": m.peak_memory_in_bytes, "code_bytes": m.generated_code_size_in_bytes,
+        "cache_copies": cache_copies(compiled.as_text(), s),
         "collectives": counts(collectives(compiled.as_text())),
         "compile_s": round(time.perf_counter() - begun, 1),
     }  # fmt: skip
@@ -146,7 +153,8 @@ def row(name: str, cfg: Config, policy: Policy, data: int, model: int) -> dict[s
 
 def show(r: dict[str, Any]) -> None:
     sizes = " ".join(f"{part} {r[f'{part}_bytes'] / GIB:.3f}" for part in ("weights", "state", "argument", "temp", "peak"))
-    print(f"{r['method']}, data={r['data']} x model={r['model']}, {r['layers']} layers: GiB a chip: {sizes}; {r['compile_s']} s")
+    print(f"{r['method']}, data={r['data']} x model={r['model']}, {r['layers']} layers: GiB a chip: {sizes}; {r['compile_s']} s; "
+          f"{r['cache_copies']} copies of a cache array")
     for what, n in r["collectives"].items():
         print(f"    {n:3d} x {what}")
 

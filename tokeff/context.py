@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import tempfile
@@ -17,31 +16,35 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from tokeff.decode.draft import Drafter, Plain, PromptLookup, TokenRecycling
-from tokeff.decode.sample import Sampling
+from tokeff.decode.draft import Drafter, Plain
 from tokeff.errors import UserError
 from tokeff.generation import Setup, encode, read
-from tokeff.kv import budget, keep, pool, score, shadow, streaming
 from tokeff.kv.extend import pack
 from tokeff.kv.policy import Full, Policy, Prefilled, tree_bytes
+from tokeff.listing import methods
 from tokeff.models.config import Config
-from tokeff.models.load import Model
-from tokeff.reduce.prune import LastRowTopK
-from tokeff.sparse.select import Read, TopScores
+from tokeff.models.load import Model, fingerprint
+from tokeff.models.transformer import Pass
 
-# A saved file names the classes of its choices; only these are ever built from one.
-CHOICES = {
-    cls.__name__: cls
-    for cls in (
-        Setup, Sampling, Full, keep.Keep, streaming.Streaming, pool.KeepByHead, shadow.ShadowKV, Read, TopScores, LastRowTopK,
-        score.Recency, score.Chance, score.Mass, score.WindowMass, budget.Spread, Plain, PromptLookup, TokenRecycling,
-    )
-}  # fmt: skip
+
+def choices() -> dict[str, type]:
+    """The classes a saved context may name: those of the listed methods and of their parts. Nothing else is ever built from one."""
+    found: dict[str, type] = {}
+
+    def walk(value: Any) -> None:
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            found[type(value).__name__] = type(value)
+            for f in dataclasses.fields(value):
+                walk(getattr(value, f.name))
+
+    for part in (Setup(), *(method.make() for method in methods())):
+        walk(part)
+    return found
 
 
 @dataclass(frozen=True, eq=False)
 class Compressed:
-    """One context under one policy. `room` tokens (questions and answers) fit behind it; `spent` of them are used.
+    """One context under one policy. `room` tokens (a question and its answer) fit behind it.
 
     `tokens` are the context's own ids, `next` the order of the row that comes next, `logits_1V` what follows the last token.
     """
@@ -88,31 +91,36 @@ class Compressed:
         try:
             about = json.loads((Path(folder) / "context.json").read_text())
             arrays = load_file(Path(folder) / "cache.safetensors")
-        except (OSError, ValueError, SafetensorError) as e:
-            raise UserError(f"{folder} is not a saved context ({e}); make one with compress(...).save(folder)") from e
-        if about["model"] != fingerprint(m):
+            model, tokens, rows = str(about["model"]), tuple(map(int, about["tokens"])), tuple(map(int, about["rows"]))
+            room, next_, setup = int(about["room"]), int(about["next"]), from_json(about["setup"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as e:
+            why = " ".join(str(e).split())[:120]
+            raise UserError(f"{folder} is not a saved context ({why}); make one with compress(...).save(folder)") from e
+        if model != fingerprint(m):
             raise UserError(f"{folder} was made with another model; load that model, or compress the text again with {m.cfg.name}")
-        setup = from_json(about["setup"])
-        layers = abstract(m.cfg, setup, tuple(about["rows"]), about["room"], m.precision.cache)
+        if not isinstance(setup, Setup):
+            raise UserError(f"{folder} holds no setup; make a context with compress(...).save(folder)")
+        setup.check_kinds()
+        layers = abstract(m.cfg, setup, rows, room, m.precision.cache)
         like = (layers, jax.ShapeDtypeStruct((1, m.cfg.V), "float32"))
         leaves, shape = jax.tree.flatten(like)
         given = [arrays.get(str(i)) for i in range(len(leaves))]
         if any(g is None or g.shape != x.shape or g.dtype != x.dtype for g, x in zip(given, leaves, strict=True)):
             raise UserError(f"the arrays in {folder} do not fit its policy; compress the text again")
         layers, logits = jax.tree.unflatten(shape, [jnp.asarray(g) for g in given])
-        return Compressed(
-            setup, layers, tuple(about["tokens"]), about["next"], logits, about["room"], tuple(about["rows"]), about["model"]
-        )
+        return Compressed(setup, layers, tokens, next_, logits, room, rows, model)
 
 
 def compress(
-    m: Model, text: str, kv: Policy | None = None, *, cut: LastRowTopK | None = None, decode: Drafter | None = None, room: int = 256
+    m: Model, text: str, kv: Policy | None = None, *, cut: Pass | None = None, decode: Drafter | None = None, room: int = 256
 ) -> Compressed:
     """Read `text` once and pack it under a policy, with room for `room` further tokens.
 
     Give the drafter here if answers are to be drafted: its rows need space in the cache.
     """
-    setup = Setup(kv or Full(), cut, decode or Plain())
+    if not isinstance(text, str):
+        raise UserError("compress takes one text; call it once for each")
+    setup = Setup(Full() if kv is None else kv, cut, Plain() if decode is None else decode)
     ids = encode(m, text)
     setup.check(m, [len(ids[0])], room)
     prompt = read(m, ids, setup)
@@ -134,14 +142,6 @@ def abstract(cfg: Config, setup: Setup, rows: tuple[int, ...], room: int, dtype:
     return jax.eval_shape(lambda layers: setup.kv.pack(layers, setup.room(room), cfg), tuple(map(layer, rows)))
 
 
-def fingerprint(m: Model) -> str:
-    """A short hash of the architecture and of a sample of every weight."""
-    h = hashlib.sha256(repr(m.cfg).encode())
-    for x in jax.tree.leaves(m.params):
-        h.update(np.asarray(x.reshape(-1)[:: max(x.size // 64, 1)], np.float32).tobytes())
-    return h.hexdigest()[:16]
-
-
 def to_json(value: Any) -> Any:
     """A choice as JSON: a dataclass is {'type': name, field: ...}, a tuple {'tuple': [...]}."""
     if dataclasses.is_dataclass(value):
@@ -150,12 +150,12 @@ def to_json(value: Any) -> Any:
 
 
 def from_json(value: Any) -> Any:
-    """The inverse, for the classes in `CHOICES` only."""
+    """The inverse, for the classes in `choices` only."""
     if not isinstance(value, dict):
         return value
     if "tuple" in value:
         return tuple(from_json(v) for v in value["tuple"])
-    cls = CHOICES.get(str(value.get("type")))
+    cls = choices().get(str(value.get("type")))
     if cls is None:
         raise UserError(f"the saved context uses {value.get('type')!r}, which this version does not know; compress the text again")
     try:

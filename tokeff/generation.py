@@ -14,13 +14,12 @@ from tokeff.decode.draft import Drafter, Plain
 from tokeff.decode.loop import Decoding, begin, run
 from tokeff.decode.sample import GREEDY, Sampling, row_keys
 from tokeff.errors import UserError
-from tokeff.kv.budget import most_rows
 from tokeff.kv.cache import Room
 from tokeff.kv.extend import extend, pack
 from tokeff.kv.policy import Ask, Full, Policy
 from tokeff.kv.prefill import Prompt, join, prefill
-from tokeff.models.load import Model
-from tokeff.reduce.prune import LastRowTopK
+from tokeff.models.load import Model, fingerprint
+from tokeff.models.transformer import Pass
 from tokeff.sharding import beside, follow
 
 if TYPE_CHECKING:
@@ -41,14 +40,14 @@ class Setup:
     """One combination of parts, checked before anything is computed."""
 
     kv: Policy = field(default_factory=Full)
-    cut: LastRowTopK | None = None
+    cut: Pass | None = None
     decode: Drafter = field(default_factory=Plain)
     sampling: Sampling = GREEDY
 
     def check(self, m: Model, lengths: Sequence[int], new: int) -> None:
         """Raise UserError when the parts do not fit each other, the model, or the prompts."""
-        if new < 1:
-            raise UserError(f"max_new={new} generates nothing; give at least 1")
+        self.check_kinds()
+        check_new(new)
         for i, n in enumerate(lengths):
             if n == 0:
                 raise UserError(f"prompt {i} is empty; give at least one token")
@@ -58,15 +57,36 @@ class Setup:
                 )
             if self.cut is not None:
                 self.cut.check(m.cfg, n)
-                n = most_rows(self.cut.budget, n)
+                n = self.cut.rows(n)
             self.kv.check(m.cfg, n)
         self.sampling.check(len(lengths))
+        self.decode.check(m.cfg)
         if self.decode.nodes > 1 and (reason := self.kv.drafts(self.decode.depth)):
             raise UserError(f"{type(self.decode).__name__} does not fit {type(self.kv).__name__}: {reason}")
+
+    def check_kinds(self) -> None:
+        """Raise UserError for something that is not a part of its kind, such as a method's name or a method not called."""
+        kinds = (("kv", self.kv, Policy), ("decode", self.decode, Drafter), ("sampling", self.sampling, Sampling))
+        for name, part, kind in kinds:
+            if not isinstance(part, kind):
+                raise UserError(f"{name}={part!r} is no {kind.__name__}; give for example {name}={_EXAMPLES[name]}")
+        if self.cut is not None and not hasattr(self.cut, "choose"):
+            raise UserError(f"cut={self.cut!r} is no pass; give for example cut={_EXAMPLES['cut']}")
 
     def room(self, new: int) -> Room:
         """Space for `new` tokens. A draft row beyond the limit is never accepted, so drafts need no extra slots."""
         return Room(new, self.decode.nodes if self.decode.nodes > 1 else 0)
+
+
+_EXAMPLES = {
+    "kv": "tokeff.kv.snapkv(0.1)", "cut": "tokeff.reduce.gemfilter(0.5)",
+    "decode": "tokeff.decode.prompt_lookup()", "sampling": "tokeff.Sampling(0.7)",
+}  # fmt: skip
+
+
+def check_new(new: int) -> None:
+    if new < 1:
+        raise UserError(f"max_new={new} generates nothing; give at least 1")
 
 
 def bucket(n: int) -> int:
@@ -75,12 +95,21 @@ def bucket(n: int) -> int:
     return -(-n // step) * step
 
 
-def encode(m: Model, prompts: str | Sequence[str] | Sequence[Sequence[int]]) -> list[list[int]]:
-    """Token ids of each prompt; ids pass through."""
+def encode(m: Model, prompts: str | Sequence[str] | Sequence[Sequence[int]], special: bool = True) -> list[list[int]]:
+    """Token ids of each prompt; ids pass through. special: add what the tokenizer puts before a text; not behind a context."""
     items = [prompts] if isinstance(prompts, str) else list(prompts)
-    if not items:
-        raise UserError("no prompts; give a string, a list of strings, or a list of token lists")
-    return [m.tok.encode(p) if isinstance(p, str) else [int(t) for t in p] for p in items]
+    if not items or not all(isinstance(p, (str, Sequence, np.ndarray)) for p in items):
+        raise UserError("prompts must be a string, a list of strings, or a list of token lists")
+    ids = [m.tok.encode(p, special) if isinstance(p, str) else [int(t) for t in p] for p in items]
+    wrong = next((t for row in ids for t in row if not 0 <= t < m.cfg.V), None)
+    if wrong is not None:
+        raise UserError(f"token id {wrong} is outside the vocabulary; {m.cfg.name} has ids 0 to {m.cfg.V - 1}")
+    return ids
+
+
+def check_chunk(chunk: int | None) -> None:
+    if chunk is not None and chunk < 1:
+        raise UserError(f"chunk={chunk} reads nothing; give a number of tokens, or None for the whole prompt at once")
 
 
 def pad(ids: Sequence[Sequence[int]], T: int | None = None) -> tuple[jax.Array, jax.Array]:
@@ -143,7 +172,7 @@ def generate(
     prompts: str | Sequence[str] | Sequence[Sequence[int]],
     *,
     kv: Policy | None = None,
-    cut: LastRowTopK | None = None,
+    cut: Pass | None = None,
     decode: Drafter | None = None,
     max_new: int = 64,
     sampling: Sampling = GREEDY,
@@ -162,16 +191,20 @@ def generate(
     if cache is not None:
         if (kv, cut, decode, chunk) != (None, None, None, None):
             raise UserError("the compressed context fixes kv, cut and decode; give them to compress instead")
-        return finished(m, ask(m, cache, encode(m, prompts), sampling, seed, max_new, m.cfg.eos if stop else ()))
-    setup = Setup(kv or Full(), cut, decode or Plain(), sampling)
+        return finished(m, ask(m, cache, encode(m, prompts, special=False), sampling, seed, max_new, m.cfg.eos if stop else ()))
+    setup = Setup(Full() if kv is None else kv, cut, Plain() if decode is None else decode, sampling)
     ids, eos = encode(m, prompts), m.cfg.eos if stop else ()
     setup.check(m, [len(row) for row in ids], max_new)
+    check_chunk(chunk)
     s = start(m, read(m, ids, setup, chunk=chunk), setup, max_new, seed, eos)
     return finished(m, go(m, s, setup, max_new, eos))
 
 
 def ask(m: Model, cache: Compressed, ids: list[list[int]], sampling: Sampling, seed: int, new: int, eos) -> Decoding:
     """Continue one compressed context by several prompts at once, each on a copy of its own."""
+    if cache.model != fingerprint(m):
+        raise UserError("the context was compressed with another model; load that one, or compress the text again")
+    check_new(new)
     setup = replace(cache.setup, sampling=sampling)
     longest, n = max(map(len, ids)), len(cache.tokens)
     if not all(ids):
@@ -189,10 +222,23 @@ def ask(m: Model, cache: Compressed, ids: list[list[int]], sampling: Sampling, s
     return go(m, s, setup, new, eos)
 
 
-def stream(m: Model, prompt: str | Sequence[int], *, every: int = 4, max_new: int = 64, **parts) -> Iterator[str]:
-    """Yield the text of one prompt's continuation piece by piece, every few passes. Takes what `generate` takes."""
-    seed, chunk, stop = parts.pop("seed", 0), parts.pop("chunk", None), parts.pop("stop", True)
-    setup = Setup(**{name: part for name, part in parts.items() if part is not None})
+def stream(
+    m: Model,
+    prompt: str | Sequence[int],
+    *,
+    kv: Policy | None = None,
+    cut: Pass | None = None,
+    decode: Drafter | None = None,
+    max_new: int = 64,
+    sampling: Sampling = GREEDY,
+    seed: int = 0,
+    chunk: int | None = None,
+    stop: bool = True,
+    every: int = 4,
+) -> Iterator[str]:
+    """Yield the text of one prompt's continuation piece by piece, after every `every` passes. Otherwise like `generate`."""
+    setup = Setup(Full() if kv is None else kv, cut, Plain() if decode is None else decode, sampling)
+    check_chunk(chunk)
     ids, eos = encode(m, [prompt] if isinstance(prompt, str) else [list(prompt)]), m.cfg.eos if stop else ()
     setup.check(m, [len(row) for row in ids], max_new)
     s, said = start(m, read(m, ids, setup, chunk=chunk), setup, max_new, seed, eos), ""

@@ -1,5 +1,7 @@
 """How much attention each stored row received: the columns of the attention matrix, added up without building it."""
 
+import jax
+
 from tokeff.kernels import dispatch
 from tokeff.kernels.column_mass import pallas_gpu, pallas_tpu, reference, xla
 from tokeff.kernels.decode_attention import check_shapes
@@ -7,7 +9,7 @@ from tokeff.kernels.decode_attention import check_shapes
 
 def column_mass(
     q_BTNH, k_BKCH, lse_BTN, order_BKC, lo_BT, hi_BT, weight_BT, *, scale, softcap=0.0, implementation=None, mesh=None
-):
+) -> jax.Array:
     """Add up, for every stored row, the attention probability that the queries give it.
 
     mass[b, k, c] = sum over t and the G query heads of kv head k of weight_BT * exp(score - lse_BTN), over the pairs

@@ -1,5 +1,7 @@
 """Attention of a few query rows over a cache, or over selected pages of it, with its log-sum-exp."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -10,7 +12,7 @@ from tokeff.kernels.decode_attention import pallas_gpu, pallas_tpu, reference, x
 def decode_attention(
     q_BTNH, k_BKCH, v_BKCH, order_BKC, lo_BT, hi_BT, *,
     page_BKM=None, page_size=1, scale, softcap=0.0, implementation=None, mesh=None,
-):  # fmt: skip
+) -> Any:  # fmt: skip
     """Attend T query rows to the stored rows they may see, and return the output and its log-sum-exp.
 
     Query t of sequence b sees a slot c of kv head k when lo_BT[b, t] <= order_BKC[b, k, c] <= hi_BT[b, t]. An empty

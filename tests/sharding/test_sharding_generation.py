@@ -44,12 +44,12 @@ def test_every_method(name):
     check_equal(8, name, sharded.placed(8, 2, 4))
 
 
-@pytest.mark.parametrize("K, data, model", MESHES)
+@pytest.mark.parametrize(("K", "data", "model"), MESHES)
 def test_every_mesh(K, data, model):
     check_equal(K, CROSSING, sharded.placed(K, data, model))
 
 
-@pytest.mark.parametrize("K, data, model", MESHES[::3])
+@pytest.mark.parametrize(("K", "data", "model"), MESHES[::3])
 def test_eviction_on_other_meshes(K, data, model):
     check_equal(K, EVICTING, sharded.placed(K, data, model))
 

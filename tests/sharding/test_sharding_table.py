@@ -16,7 +16,7 @@ pytestmark = pytest.mark.core
 
 
 @pytest.mark.parametrize(
-    "name, shape, expected",
+    ("name", "shape", "expected"),
     [
         ("k_BKCH", (8, 4, 10, 8), P("data", "model", None, None)),
         ("embed_VD", (64, 32), P("model", None)),
@@ -31,7 +31,7 @@ def test_spec(name, shape, expected):
     assert sharding.spec(name, shape, sharding.mesh(2, 4)) == expected
 
 
-@pytest.mark.parametrize("name, shape", [("index", (4,)), ("k_BKCH", (8, 4, 10)), ("drafter", (2, 3))])
+@pytest.mark.parametrize(("name", "shape"), [("index", (4,)), ("k_BKCH", (8, 4, 10)), ("drafter", (2, 3))])
 def test_a_field_must_name_its_dimensions(name, shape):
     with pytest.raises(ValueError, match=f"field '{name}' names"):
         sharding.spec(name, shape, sharding.mesh(2, 4))
@@ -50,7 +50,7 @@ def test_a_dict_inherits_the_letters_of_its_field():
     assert sharding.shardings(rows, sharding.mesh(2, 4)).evidence_BKS[Ask()].spec == P("data", "model", None)
 
 
-@pytest.mark.parametrize("data, model, match", [(4, 4, "needs 16 devices, 8 are here"), (0, 2, "at least 1 x 1")])
+@pytest.mark.parametrize(("data", "model", "match"), [(4, 4, "needs 16 devices, 8 are here"), (0, 2, "at least 1 x 1")])
 def test_bad_meshes(data, model, match):
     with pytest.raises(UserError, match=match):
         sharding.mesh(data, model)

@@ -47,7 +47,8 @@ def answer(model, kept, ask):
     if context not in kept:
         kept.clear()  # one context at a time
         kept[context] = prefill(model, context)[1:]
-    return decode(model, *kept[context], context, ask["tokens"])
+    cache, token = kept[context]
+    return decode(model, cache, token, context, ask["tokens"])
 
 
 @torch.inference_mode()

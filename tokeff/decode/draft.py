@@ -46,6 +46,9 @@ class Drafter:
         """A draft that continues tokens[:count]; the root repeats the last of them."""
         raise NotImplementedError
 
+    def check(self, cfg: Any) -> None:
+        """Raise UserError when the drafter does not fit the model."""
+
     def observe(self, state: Any, draft: Draft, logits_BWV: jax.Array) -> Any:
         """Learn from the target's logits at every node, accepted or not."""
         return state
@@ -77,6 +80,10 @@ class PromptLookup(Drafter):
     length: int = 10
     ngram: int = 3
     latest: bool = False
+
+    def __post_init__(self):
+        if self.length < 1 or self.ngram < 1:
+            raise UserError(f"length {self.length} and ngram {self.ngram} must be at least 1; use plain decoding for no drafts")
 
     @property
     def nodes(self) -> int:
@@ -125,6 +132,8 @@ class TokenRecycling(Drafter):
     rank: int = 8
 
     def __post_init__(self):
+        if not self.tree:
+            raise UserError("the tree has no nodes; give at least ((0,),), or use plain decoding")
         known: dict[tuple[int, ...], int] = {(): 0}
         for path in self.tree:
             if path[:-1] not in known or path in known:
@@ -145,6 +154,10 @@ class TokenRecycling(Drafter):
     def parents(self) -> tuple[int, ...]:
         at = {(): 0, **{path: i + 1 for i, path in enumerate(self.tree)}}
         return (0, *(at[path[:-1]] for path in self.tree))
+
+    def check(self, cfg) -> None:
+        if self.rank > cfg.V:
+            raise UserError(f"rank {self.rank} is more than the vocabulary of {cfg.V}; lower rank")
 
     def init(self, B: int, V: int) -> Successors:
         return Successors(jnp.zeros((B, V, self.rank), jnp.int32))

@@ -47,14 +47,21 @@ def begin(
     layers, tokens_BS, length_B, gone_B, logits_BV, drafter: Drafter, key_B, limit_B, how: Sampling, eos: tuple[int, ...]
 ) -> Decoding:
     """Draw the first token from the prompt's last logits. tokens_BS holds `length` tokens and room for `limit` more per row."""
+    s = _first(tokens_BS, length_B, gone_B, logits_BV, key_B, limit_B, drafter=drafter, how=how, eos=eos)
+    return s.replace(layers=layers)
+
+
+@partial(jax.jit, static_argnames=("drafter", "how", "eos"))
+def _first(tokens_BS, length_B, gone_B, logits_BV, key_B, limit_B, *, drafter: Drafter, how: Sampling, eos: tuple[int, ...]) -> Decoding:
+    """`begin` without the layers, which a jitted function would copy."""
     B, V = logits_BV.shape
     first = draw(logits_BV[:, None], length_B[:, None] - gone_B[:, None], key_B, how)[:, 0]
-    tokens = tokens_BS.at[jnp.arange(B), length_B].set(jnp.where(limit_B > 0, first, tokens_BS[jnp.arange(B), length_B]))
+    tokens = jax.vmap(lambda t, i, new, more: t.at[i].set(jnp.where(more, new, t[i])))(tokens_BS, length_B, first, limit_B > 0)
     made = jnp.minimum(limit_B, 1)
     done = (made >= limit_B) | is_eos(first, eos)
     zero = jnp.zeros(B, jnp.int32)
     return Decoding(
-        layers=layers, tokens_BS=tokens, count_B=length_B + made, gone_B=gone_B, accepted=nothing(B, drafter.nodes),
+        layers=(), tokens_BS=tokens, count_B=length_B + made, gone_B=gone_B, accepted=nothing(B, drafter.nodes),
         drafter=drafter.init(B, V), key_B=key_B, made_B=made, limit_B=limit_B, done_B=done, passes_B=zero,
     )  # fmt: skip
 

@@ -7,13 +7,14 @@ from typing import Any
 import numpy as np
 
 from tokeff.data import tasks
+from tokeff.data.haystack import encoder
 from tokeff.errors import UserError
 from tokeff.evals.fidelity import Reader, encode_example
 from tokeff.evals.stats import Interval, bootstrap_mean, mean, proportion
 from tokeff.generation import Setup
 from tokeff.kv.policy import Full, Policy
 from tokeff.models.load import Model
-from tokeff.reduce.prune import LastRowTopK
+from tokeff.models.transformer import Pass
 
 RANKED_AT = 0.8  # a task ranks by exact match only where the full cache gets this share right
 
@@ -22,7 +23,7 @@ def evaluate(
     m: Model,
     kv: Policy | None = None,
     *,
-    cut: LastRowTopK | None = None,
+    cut: Pass | None = None,
     task: str = "multi_question",
     length: int = 2048,
     n: int = 4,
@@ -36,11 +37,11 @@ def evaluate(
     """
     if n < 1:
         raise UserError(f"n={n} texts measure nothing; give at least 1")
-    setup, full = Setup(kv or Full(), cut), Setup()
+    setup, full = Setup(Full() if kv is None else kv, cut), Setup()
     setup.check(m, [length], tasks.HELD_OUT)
     mine, base = [], []
     for i in range(n):
-        reader = Reader(m, encode_example(m, tasks.make(task, seed + i, length, m.tok.encode)))
+        reader = Reader(m, encode_example(m, tasks.make(task, seed + i, length, encoder(m.tok))))
         mine.append(reader.quality(setup))
         base.append(mine[-1] if setup == full else reader.quality(full))
     exact, full_exact = (np.concatenate([q.exact for q in qs]) for qs in (mine, base))

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from tokeff.data import tasks
+from tokeff.data.haystack import encoder
 from tokeff.decode.draft import Drafter, Plain
 from tokeff.errors import UserError
 from tokeff.evals.cost import cost
@@ -22,7 +23,7 @@ from tokeff.kv.prefill import Prompt
 from tokeff.listing import find
 from tokeff.models.fetch import cache_dir
 from tokeff.models.load import Model, load
-from tokeff.reduce.prune import LastRowTopK
+from tokeff.models.transformer import Pass
 from tokeff.report.figures import Bars, Figure, Lines, Scatter
 from tokeff.report.kept import Kept
 
@@ -34,7 +35,7 @@ class Line(Row):
     """One combination. `method` names a listed method; the parts are what is measured."""
 
     kv: Policy = field(default_factory=Full)
-    cut: LastRowTopK | None = None
+    cut: Pass | None = None
     decode: Drafter = field(default_factory=Plain)
 
     @property
@@ -59,7 +60,7 @@ class Bench:
 
     def reader(self, length: int) -> Reader:
         if length not in self.readers:
-            example = tasks.make(self.experiment.task, self.experiment.seed, length, lambda t: self.m.tok.encode(t))
+            example = tasks.make(self.experiment.task, self.experiment.seed, length, encoder(self.m.tok))
             self.readers[length] = Reader(self.m, encode_example(self.m, example))
         return self.readers[length]
 

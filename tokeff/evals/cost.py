@@ -27,8 +27,9 @@ def dense_bytes(cfg: Config, rows: int, dtype: str) -> int:
 
 @dataclass(frozen=True)
 class Ratios:
-    """held: every array of the caches after the prompt, spare slots, tables and statistics included. read: bytes of them that one
-    decode step reads. peak: what the compiled decode program needs beside the weights. All over `dense_bytes` of the prompt."""
+    """held: every array of the caches after the prompt, spare slots, statistics and the drafter's tables included. read: bytes of
+    the caches that one decode step reads. peak: what the compiled decode program needs beside the weights. All over `dense_bytes`
+    of the prompt."""
 
     held: float
     read: float
@@ -70,7 +71,7 @@ def cost(m: Model, prompt: Prompt, setup: Setup, new: int, runs: int = 2) -> tup
     first = time.perf_counter() - start
     seconds = [_timed(program, m.params, begin(), steps) for _ in range(runs)] or [first]
     base = dense_bytes(cfg, int(prompt.length_B[0]), m.precision.cache)
-    ratios = Ratios(tree_bytes(layers) / base, read_bytes(setup, layers, cfg) / base, peak_bytes(program, m.params) / base)
+    ratios = Ratios(tree_bytes((layers, end.drafter)) / base, read_bytes(setup, layers, cfg) / base, peak_bytes(program, m.params) / base)
     return ratios, Timing(new_tokens(end)[0], int(end.passes_B[0]), min(seconds), first), layers
 
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tokeff.data.haystack import encoder
 from tokeff.data.tasks import Example
 from tokeff.generation import Setup, pad
 from tokeff.kv.extend import extend, pack
@@ -32,17 +33,18 @@ class Encoded:
 
 
 def encode_example(m: Model, example: Example) -> Encoded:
-    """Each text by itself, so that all questions share one context."""
+    """Each text by itself, so that all questions share one context. Only the context begins as a text does."""
+    encode, start = encoder(m.tok), len(m.tok.encode(""))
 
     def ids(text: str) -> tuple[int, ...]:
-        return tuple(m.tok.encode(text))
+        return tuple(encode(text))
 
     return Encoded(
-        ids(example.context),
+        tuple(m.tok.encode(example.context)),
         tuple(ids(q.prompt) for q in example.questions),
         tuple(ids(q.answer) for q in example.questions),
         ids(example.held_out),
-        tuple((a, b) for a, b in example.meta.get("needles", ())),
+        tuple((a + start, b + start) for a, b in example.meta.get("needles", ())),
     )
 
 

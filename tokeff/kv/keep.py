@@ -42,6 +42,9 @@ class Keep(Policy):
 
     def check(self, cfg, length: int) -> None:
         check_budget(self.budget, length)
+        if min(self.sinks, self.recent, self.evict) < 0:
+            raise UserError(f"sinks={self.sinks}, recent={self.recent}, evict={self.evict}: none may be negative; use 0 for none")
+        self.score.check()
         rows = most_rows(self.budget, length)
         if self.evict and not self.score.running:
             raise UserError(f"{type(self.score).__name__} is defined at the end of the prompt; set evict=0")
@@ -133,9 +136,10 @@ class Keep(Policy):
 
         def do(small: Rows) -> Rows:
             order = small.order_BKC
+            seen = small.replace(k_BKCH=layer.k_BKCH, v_BKCH=layer.v_BKCH)  # read only; a scorer that ignores them costs nothing
             recent = order > order.max(axis=-1, keepdims=True) - jnp.reshape(self.recent_rows(layer.limit_B), (-1, 1, 1))
             forced = (order != EMPTY) & ((order < self.sinks) | recent)
-            return evict(small, jnp.where(forced, jnp.inf, self.score.later(small, here)), self.evict, full_B)
+            return evict(small, jnp.where(forced, jnp.inf, self.score.later(seen, here)), self.evict, full_B)
 
         small = jax.lax.cond(full_B.any(), do, lambda small: small, small)
         return small.replace(k_BKCH=layer.k_BKCH, v_BKCH=layer.v_BKCH, draft=layer.draft)

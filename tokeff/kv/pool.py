@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from tokeff.errors import UserError
 from tokeff.kernels import decode_attention, merge
 from tokeff.kv.budget import Spread, most_rows
 from tokeff.kv.cache import Room, Rows, empty_draft
@@ -103,6 +104,10 @@ class KeepByHead(Policy):
 
     def check(self, cfg, length: int) -> None:
         self.rule.check(cfg, length)
+        if not 0 <= self.spread.floor <= 1 or self.page < 1:
+            raise UserError(f"floor {self.spread.floor} must be in [0, 1] and page {self.page} at least 1")
+        if self.rule.evict:
+            raise UserError("budgets that differ by head are made once, at the end of the prompt; set evict=0")
 
     def pack_layer(self, rows: Prefilled, room: Room, here: Here) -> Paged:
         B, K, S, H = rows.k_BKSH.shape

@@ -12,6 +12,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
+from tokeff.errors import UserError
 from tokeff.kv.cache import Rows
 from tokeff.kv.policy import Ask, Prefilled
 from tokeff.models.flow import Here
@@ -26,6 +27,9 @@ class Scorer:
 
     def needs(self) -> tuple[Ask, ...]:
         return ()
+
+    def check(self) -> None:
+        """Raise UserError for settings that cannot work."""
 
     def first(self, rows: Prefilled, here: Here) -> jax.Array:
         """score_BKS of prefilled rows; padding may hold anything."""
@@ -101,6 +105,12 @@ class WindowMass(Scorer):
 
     def needs(self) -> tuple[Ask, ...]:
         return (Ask(last=self.window),)
+
+    def check(self) -> None:
+        if self.window < 1 or self.kernel < 1:
+            raise UserError(f"window {self.window} and kernel {self.kernel} must be at least 1")
+        if self.pool not in ("avg", "max"):
+            raise UserError(f"unknown pooling {self.pool!r}; use 'avg' or 'max'")
 
     def first(self, rows: Prefilled, here: Here) -> jax.Array:
         # Rows inside the window are kept anyway and must not lend their own large mass to neighbours outside it.

@@ -62,6 +62,8 @@ class ShadowKV(Policy):
 
     def check(self, cfg, length: int) -> None:
         check_budget(self.budget, length)
+        if not 0 < self.rank <= 1 or not 0 <= self.outliers <= 1 or self.chunk_rows < 1:
+            raise UserError(f"rank {self.rank} and outliers {self.outliers} are shares in [0, 1], chunk_rows at least 1")
         if length < (self.local + 2) * self.chunk_rows:
             raise UserError(f"a prompt of {length} tokens has no chunk beside the local ones; use one of at least "
                             f"{(self.local + 2) * self.chunk_rows} tokens or lower local")  # fmt: skip

@@ -80,7 +80,7 @@ def flash(
 def _by_blocks(asked, stored, scale: float, softcap: float, size: int) -> tuple[jax.Array, jax.Array]:
     """`_block` over `size` queries at a time where that divides their number."""
     B, T = asked[1].shape
-    if T <= size or T % size:
+    if size >= T or T % size:
         return _block(asked, stored, scale, softcap)
     blocks = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(B, T // size, size, *x.shape[2:]), 1, 0), asked)
     done = jax.lax.map(lambda block: _block(block, stored, scale, softcap), blocks)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import jax
+import numpy as np
 
 from tokeff.errors import UserError, nearest
 from tokeff.models.config import Config, Params, Precision
@@ -113,3 +117,11 @@ def _snapshot(repo: str) -> Path:
             f"no folder {repo!r}, and it could not be downloaded ({type(e).__name__}: {why[:140]}); "
             "give a local Hugging Face folder, a .gguf file or the preset smollm2-135m"
         ) from None
+
+
+def fingerprint(m: Model) -> str:
+    """A short hash of the architecture and of a sample of every weight."""
+    h = hashlib.sha256(repr(m.cfg).encode())
+    for x in jax.tree.leaves(m.params):
+        h.update(np.asarray(x.reshape(-1)[:: max(x.size // 64, 1)], np.float32).tobytes())
+    return h.hexdigest()[:16]

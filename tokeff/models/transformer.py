@@ -36,13 +36,20 @@ class Attends(Protocol):
 
 
 class Pass(Protocol):
-    """Which rows go on through the network from `layer` upwards (`tokeff.reduce`)."""
+    """Which rows go on through the network from `layer` upwards (`tokeff.reduce`).
+
+    check: UserError when it cannot work on this model and prompt length. rows: how many of so many rows go on.
+    """
 
     @property
     def layer(self) -> int: ...
 
     @property
     def restart(self) -> bool: ...
+
+    def check(self, cfg: Any, length: int, /) -> None: ...
+
+    def rows(self, length: int, /) -> int: ...
 
     def choose(self, q_BTNH: jax.Array, k_BTKH: jax.Array, flow: Flow, here: Here, /) -> jax.Array: ...
 

@@ -62,6 +62,9 @@ class LastRowTopK:
         if not 0 <= self.layer < cfg.L:
             raise UserError(f"layer {self.layer} is outside the model; give 0 to {cfg.L - 1}")
 
+    def rows(self, length: int) -> int:
+        return most_rows(self.budget, length)
+
     def choose(self, q_BTNH: jax.Array, k_BTKH: jax.Array, flow: Flow, here: Here) -> jax.Array:
         """index_BM of the rows that go on, ascending, EMPTY past their number."""
         real = flow.order_BT != EMPTY

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,14 @@ class Readable(struct.PyTreeNode):
     rows: Rows
     far_B: jax.Array
     far: int = struct.field(pytree_node=False)
+
+
+class Selector(Protocol):
+    """Rows worth reading, for each query of a selecting layer, among stored rows with lo <= order <= hi."""
+
+    def __call__(
+        self, q_BTNH: jax.Array, layer: Readable, lo_BT: jax.Array, hi_BT: jax.Array, here: Here, /
+    ) -> Selection: ...
 
 
 @dataclass(frozen=True)
@@ -65,7 +74,7 @@ class Read(Full):
     """
 
     budget: Budget
-    selector: TopScores
+    selector: Selector
     dense: tuple[int, ...] = (0, 1)
     select: tuple[int, ...] = (2,)
     recent: int = 16
