@@ -14,6 +14,7 @@ if DEVICES not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES}=8".strip()
 for name, value in {
     "JAX_PLATFORMS": "cpu",
+    "PJRT_NPROC": "32",  # XLA:CPU takes a thread per device; with 8, two programs of 8 devices in flight wait for each other for ever
     "JAX_COMPILATION_CACHE_DIR": str(Path.home() / ".cache" / "tokeff" / "xla-tests"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",

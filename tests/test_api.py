@@ -56,7 +56,9 @@ reduce.gemfilter(budget: 'Budget' = 0.125, layer: 'int' = 13) -> 'LastRowTopK'
 reduce.promptdistill(budget: 'Budget' = 0.125, layer: 'int' = 13) -> 'LastRowTopK'
 sparse.tidaldecode(budget: 'Budget' = 0.125, dense: 'tuple[int, ...]' = (0, 1), select: 'tuple[int, ...]' = (2, 9), \
 recent: 'int' = 16) -> 'Read'
-stream(m: 'Model', prompt: 'str | Sequence[int]', *, every: 'int' = 4, max_new: 'int' = 64, **parts) -> 'Iterator[str]'
+stream(m: 'Model', prompt: 'str | Sequence[int]', *, kv: 'Policy | None' = None, cut: 'Pass | None' = None, \
+decode: 'Drafter | None' = None, max_new: 'int' = 64, sampling: 'Sampling' = GREEDY, seed: 'int' = 0, chunk: 'int | None' = None, \
+stop: 'bool' = True, every: 'int' = 4) -> 'Iterator[str]'
 """
 
 

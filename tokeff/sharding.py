@@ -7,6 +7,9 @@ bare array passes its suffix on to the arrays inside (`mass_BKS: dict[Ask, Array
 A dimension that its mesh axis does not divide stays whole on every device: 3 kv heads on model=2, 3 prompts on data=2. Query
 heads follow their kv heads: where K stays whole N does too, though N alone might divide, because the G query heads of one kv
 head must be where its keys are. The feed-forward and the vocabulary are split all the same.
+
+Virtual CPU devices (`--xla_force_host_platform_device_count=8`) also need PJRT_NPROC=32 in the environment: XLA:CPU starts one
+thread per device, and two programs in flight at once can then wait for each other until XLA aborts the process.
 """
 
 from __future__ import annotations

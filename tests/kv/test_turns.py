@@ -47,12 +47,12 @@ def test_two_turns_equal_one(name):
         logits = np.stack([out for out, _ in tiny.forced(policy, packed, prompt, GIVEN[:, :3])])
         found.append((logits, [tiny.kept(policy, layer) for layer in packed]))
     assert found[0][1] == found[1][1], "other rows are kept"
-    np.testing.assert_allclose(found[0][0], found[1][0], atol=2e-4)
+    np.testing.assert_allclose(found[0][0], found[1][0], atol=5e-4)
 
 
 def test_two_turns_give_the_same_logits_and_text():
     both, whole = prompts()
-    np.testing.assert_allclose(both.logits_BV, whole.logits_BV, atol=2e-4)
+    np.testing.assert_allclose(both.logits_BV, whole.logits_BV, atol=5e-4)
     for b, row in enumerate(tiny.prompts()):
         assert both.tokens_BT[b, : len(row)].tolist() == list(row)
         assert int(both.next_B[b]) == int(both.length_B[b]) == len(row)

@@ -43,9 +43,9 @@ def rows(angle=lambda order: order, tokens=None) -> Flow:
 def test_logits_equal_the_naive_forward(cfg):
     given = np.asarray(logits_of(rows(), cfg))[0]
     seen, last = oracle.prefill(oracle.Model(tiny.params(cfg), cfg), tiny.prompts()[0][:T])
-    np.testing.assert_allclose(given[-1], last, atol=2e-4)
+    np.testing.assert_allclose(given[-1], last, atol=5e-4)
     _, early = oracle.prefill(oracle.Model(tiny.params(cfg), cfg), tiny.prompts()[0][:9])
-    np.testing.assert_allclose(given[8], early, atol=2e-4)
+    np.testing.assert_allclose(given[8], early, atol=5e-4)
 
 
 def test_later_inputs_have_no_gradient():

@@ -10,7 +10,7 @@ from tokeff.kv.cache import Room
 from tokeff.kv.extend import pack
 
 STEPS = 10
-ATOL = 2e-4  # float32 against float64, logits up to 12
+ATOL = 5e-4  # float32 against float64, logits up to 12
 GIVEN = np.random.default_rng(2).integers(0, tiny.CFG.V, (len(tiny.LENGTHS), STEPS))
 
 

@@ -19,7 +19,7 @@ from tokeff.kv.shadow import ShadowKV
 from tokeff.models.flow import Here
 
 pytestmark = pytest.mark.core
-ATOL = 2e-4  # two float32 passes of other shapes, logits up to 12
+ATOL = 5e-4  # two float32 passes of other shapes, logits up to 12
 
 
 def rows_kept(name: str):

@@ -35,7 +35,7 @@ def test_prefill_drops_the_rows_the_oracle_drops(cut, make):
     prompt = read((), cut)
     for b in range(2):
         _, seen, logits = make(b)
-        np.testing.assert_allclose(prompt.logits_BV[b], logits, atol=2e-4)
+        np.testing.assert_allclose(prompt.logits_BV[b], logits, atol=5e-4)
         for i, layer in enumerate(prompt.layers):
             assert [o for o in layer.order_BS[b].tolist() if o >= 0] == seen[i].orders, f"layer {i}, sequence {b}"
 

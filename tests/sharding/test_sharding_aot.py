@@ -48,7 +48,7 @@ def test_8b_decode_step(aot, name, data, model):
     # A chip holds its share of the weights and the state, as the table says, and the step writes the state in place.
     assert memory.argument_size_in_bytes == pytest.approx(aot.share((params, s)), abs=2**16)
     assert memory.alias_size_in_bytes == pytest.approx(aot.share(s), abs=2**16)
-    assert memory.temp_size_in_bytes < aot.share(s.layers[0])
+    assert memory.temp_size_in_bytes < 2**23  # a quarter of one full layer's share; StreamingLLM turns its keys on every read
     assert aot.cache_copies(text, s) == 0
     assert (name not in KERNEL) or "tpu_custom_call" in text
 

@@ -116,8 +116,9 @@ class RunFolder:
         for number, line in enumerate(whole.split(b"\n") if whole else [], 1):
             try:
                 row = json.loads(line)
-                row["key"], row["method"]
-            except (ValueError, KeyError, TypeError) as error:
+                if not {"key", "method"} <= row.keys():
+                    raise ValueError("a row needs a key and a method")
+            except (ValueError, AttributeError) as error:
                 raise UserError(f"line {number} of {file} is damaged; delete it, or start over with --fresh") from error
             rows.append(row)
         return rows
