@@ -25,6 +25,7 @@ from tokeff.listing import methods
 from tokeff.models.config import Config
 from tokeff.models.load import Model, fingerprint
 from tokeff.models.transformer import Pass
+from tokeff.sharding import beside
 
 
 def choices() -> dict[str, type]:
@@ -124,7 +125,8 @@ def compress(
     ids = encode(m, text)
     setup.check(m, [len(ids[0])], room)
     prompt = read(m, ids, setup)
-    layers = pack(setup.kv, prompt.layers, setup.room(room), m.cfg)
+    with beside(m.params):
+        layers = pack(setup.kv, prompt.layers, setup.room(room), m.cfg)
     rows = tuple(layer.order_BS.shape[1] for layer in prompt.layers)
     return Compressed(setup, layers, tuple(ids[0]), int(prompt.next_B[0]), prompt.logits_BV, room, rows, fingerprint(m))
 

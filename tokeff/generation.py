@@ -216,10 +216,11 @@ def ask(m: Model, cache: Compressed, ids: list[list[int]], sampling: Sampling, s
     B = len(ids)
     layers, context = jax.tree.map(lambda x: jnp.repeat(x, B, axis=0), (cache.layers, jnp.asarray([cache.tokens], jnp.int32)))
     start_B, before_B = jnp.full(B, cache.next, jnp.int32), jnp.full(B, n, jnp.int32)
-    logits, layers = extend(m.params, m.cfg, layers, tokens, start_B, length, setup.kv)
-    last = jnp.take_along_axis(logits, (length - 1)[:, None, None], axis=1)[:, 0]
-    s = decoding(layers, join(context, before_B, tokens), before_B + length, start_B + length, last, setup, new, seed, eos)
-    return go(m, s, setup, new, eos)
+    with beside(m.params):
+        logits, layers = extend(m.params, m.cfg, follow(m.params, layers), tokens, start_B, length, setup.kv)
+        last = jnp.take_along_axis(logits, (length - 1)[:, None, None], axis=1)[:, 0]
+        s = decoding(layers, join(context, before_B, tokens), before_B + length, start_B + length, last, setup, new, seed, eos)
+    return go(m, follow(m.params, s), setup, new, eos)
 
 
 def stream(

@@ -20,11 +20,6 @@ LENGTH = 64
 BUDGETS = [0, 0.0, -3, -0.5, 1.5, LENGTH + 1, float("nan")]
 
 
-def not_yet(*case):
-    """A case that should be refused and is not."""
-    return pytest.param(*case, marks=pytest.mark.xfail(reason="not refused yet"))
-
-
 def refused(check, *args) -> str:
     """The one line of the refusal."""
     with pytest.raises(UserError) as error:
@@ -61,21 +56,21 @@ def test_the_smallest_and_largest_budgets_work(budget):
     ("policy", "word"),
     [
         (Keep(0.5, WindowMass(6), recent=6, evict=1), "evict"),
-        not_yet(Keep(0.5, Recency(), evict=-1), "evict"),
-        not_yet(Keep(0.5, Recency(), sinks=-1), "sinks"),
-        not_yet(Keep(0.5, Recency(), recent=-1), "recent"),
+        (Keep(0.5, Recency(), evict=-1), "evict"),
+        (Keep(0.5, Recency(), sinks=-1), "sinks"),
+        (Keep(0.5, Recency(), recent=-1), "recent"),
         (Keep(0.5, Recency(), recent=1.5), "recent"),
         (Keep(8, Recency(), sinks=4, recent=6), "budget"),
         (Keep(8, Mass(), recent=4, evict=5), "evict"),
-        not_yet(kv.snapkv(0.5, 6, pool="median"), "pool"),
-        not_yet(kv.snapkv(0.5, 6, kernel=0), "kernel"),
-        not_yet(kv.snapkv(0.5, window=0), "window"),
-        not_yet(kv.adakv(0.5, 6, floor=-0.1), "floor"),
-        not_yet(kv.adakv(0.5, 6, floor=1.5), "floor"),
-        not_yet(kv.adakv(0.5, 6, page=0), "page"),
-        not_yet(ShadowKV(0.25, rank=0.0), "rank"),
-        not_yet(ShadowKV(0.25, rank=2.0), "rank"),
-        not_yet(ShadowKV(0.25, chunk_rows=0), "chunk"),
+        (kv.snapkv(0.5, 6, pool="median"), "pool"),
+        (kv.snapkv(0.5, 6, kernel=0), "kernel"),
+        (kv.snapkv(0.5, window=0), "window"),
+        (kv.adakv(0.5, 6, floor=-0.1), "floor"),
+        (kv.adakv(0.5, 6, floor=1.5), "floor"),
+        (kv.adakv(0.5, 6, page=0), "page"),
+        (ShadowKV(0.25, rank=0.0), "rank"),
+        (ShadowKV(0.25, rank=2.0), "rank"),
+        (ShadowKV(0.25, chunk_rows=0), "chunk"),
         (ShadowKV(0.25, chunk_rows=16), "prompt"),
         (tidaldecode(0.5, dense=(0,), select=()), "select"),
         (tidaldecode(0.5, dense=(0,), select=(2,)), "select"),
@@ -113,19 +108,18 @@ def test_combinations(parts, word):
         lambda: token_recycling(tree=((0, 0), (0,))),  # a child before its parent
         lambda: token_recycling(tree=((0,), (1, 0, 0))),  # no parent at all
         lambda: token_recycling(tree=((0,), (0,))),  # twice
-        not_yet(lambda: token_recycling(tree=())),
+        lambda: token_recycling(tree=()),
         lambda: token_recycling(tree=((0,), ())),  # the root below itself
         lambda: token_recycling(tree=((8,),)),  # no such rank
         lambda: token_recycling(tree=((-1,),)),
         lambda: token_recycling(rank=0),
-        not_yet(lambda: prompt_lookup(length=0)),
-        not_yet(lambda: prompt_lookup(ngram=0)),
+        lambda: prompt_lookup(length=0),
+        lambda: prompt_lookup(ngram=0),
     ],
 )
 def test_drafters(make):
     refused(make)
 
 
-@pytest.mark.xfail(reason="not refused yet")
 def test_more_successors_than_tokens():
     assert "rank" in refused(lambda: checked(decode=token_recycling(rank=tiny.CFG.V + 1)))

@@ -1,5 +1,6 @@
 """A context and then a question: two prefills of unequal, padded rows leave what one prefill of the whole text leaves."""
 
+import dataclasses
 import functools
 
 import numpy as np
@@ -12,6 +13,7 @@ from tokeff.kv.cache import Room
 from tokeff.kv.extend import pack
 from tokeff.kv.policy import Ask
 from tokeff.kv.prefill import prefill
+from tokeff.models.config import Rope
 from tokeff.sparse.methods import tidaldecode
 
 pytestmark = [pytest.mark.core, pytest.mark.xdist_group("turns")]
@@ -56,3 +58,14 @@ def test_two_turns_give_the_same_logits_and_text():
     for b, row in enumerate(tiny.prompts()):
         assert both.tokens_BT[b, : len(row)].tolist() == list(row)
         assert int(both.next_B[b]) == int(both.length_B[b]) == len(row)
+
+
+@GAP
+def test_windows_reach_over_the_padding_behind_a_context():
+    """One sequence whose first turn was padded to a bucket: a window counts orders, not slots."""
+    cfg = dataclasses.replace(tiny.CFG, name="windowed", windows=(16, None, 16, None), local_rope=Rope(100.0))
+    row, weights = tiny.prompts()[1], tiny.params(cfg)
+    before = prefill(weights, cfg, *tiny.padded([row[:33]], T=40))
+    both = prefill(weights, cfg, *tiny.padded([row[33:]]), after=before)
+    whole = prefill(weights, cfg, *tiny.padded([row]))
+    np.testing.assert_allclose(both.logits_BV, whole.logits_BV, atol=5e-4)

@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 import sharded
 
+from tokeff.context import Compressed
+from tokeff.decode.sample import GREEDY
+from tokeff.generation import ask, new_tokens, read
+from tokeff.kv.extend import pack
 from tokeff.kv.shadow import Shadow
+from tokeff.models.load import fingerprint
 
 pytestmark = pytest.mark.core
 
@@ -62,6 +67,18 @@ def test_heads_that_do_not_divide(name):
     assert block.q_NHD.sharding.is_fully_replicated and block.k_KHD.sharding.is_fully_replicated
     assert block.gate_FD.sharding.spec[0] == "model"
     check_equal(3, name, m)
+
+
+def test_questions_on_one_context():
+    """A compressed context serves a batch on a mesh as it does on one device; its own batch of 1 stays whole."""
+    texts = []
+    for m in (sharded.model(8), sharded.placed(8, 2, 4)):
+        parts, rows = sharded.setup("AdaKV"), sharded.prompts()
+        prompt = read(m, rows[:1], parts)
+        layers = pack(parts.kv, prompt.layers, parts.room(32), m.cfg)
+        context = Compressed(parts, layers, rows[0], len(rows[0]), prompt.logits_BV, 32, (), fingerprint(m))
+        texts.append(new_tokens(ask(m, context, [[1, 2, 3], [4, 5]] * 2, GREEDY, 0, 8, ())))
+    assert texts[0] == texts[1]
 
 
 def test_batch_that_does_not_divide():

@@ -7,6 +7,7 @@ an answer is exact when every arg-max is right, which is when greedy decoding wo
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,6 @@ from tokeff.data.haystack import encoder
 from tokeff.data.tasks import Example
 from tokeff.generation import Setup, pad
 from tokeff.kv.extend import extend, pack
-from tokeff.kv.policy import Ask
 from tokeff.kv.prefill import Prompt, prefill
 from tokeff.models.load import Model
 
@@ -80,27 +80,26 @@ class Reader:
 
     def __init__(self, m: Model, text: Encoded):
         self.m, self.text = m, text
-        self._contexts: dict[tuple[Ask, ...], Prompt] = {}
+        self.seconds: dict[Any, float] = {}
+        self._contexts: dict[Any, Prompt] = {}
 
     def context(self, setup: Setup) -> Prompt:
-        """The context alone, prefilled with the evidence this policy needs; passes prefill on their own."""
-        if setup.cut is not None:
-            return self._whole(self.text.context, setup)
-        asks = tuple(setup.kv.needs())
-        if asks not in self._contexts:
-            self._contexts[asks] = self._whole(self.text.context, setup)
-        return self._contexts[asks]
+        """The context alone, prefilled with the evidence this policy needs and the pass it goes through."""
+        key = (setup.kv.needs(), setup.cut)
+        if key not in self._contexts:
+            self._contexts[key] = self.whole(self.text.context, setup)
+        return self._contexts[key]
 
     def question(self, setup: Setup, i: int) -> Prompt:
         """The context and question `i`; continues the shared prefill unless a pass must rank the whole prompt."""
         if setup.cut is not None:
-            return self._whole(self.text.context + self.text.questions[i], setup)
+            return self.whole(self.text.context + self.text.questions[i], setup)
         before = self.context(setup)
         T = max(map(len, self.text.questions))
         tokens, length = pad([self.text.questions[i]], T)
         return self._prefill(tokens, length, setup, after=before)
 
-    def _whole(self, ids, setup: Setup) -> Prompt:
+    def whole(self, ids, setup: Setup) -> Prompt:
         tokens, length = pad([ids])
         return self._prefill(tokens, length, setup)
 

@@ -50,12 +50,16 @@ def _logits(params, x_BTD, *, cfg):
     return unembed(params, cfg, x_BTD)
 
 
-@partial(jax.jit, static_argnames=("cfg", "policy"))
 def _one_by_one(params, layers, tokens_BT, order_BT, *, cfg, policy):
-    def one(layers, row):
-        token_B, order_B = row
-        flow, layers = stack(params, cfg, embed(params, cfg, token_B[:, None], order_B[:, None]), layers, policy=policy)
-        return layers, unembed(params, cfg, flow.x_BTD)[:, 0]
+    """One compiled step, whatever the number of tokens; the caller's cache is copied once and then updated in place."""
+    layers, logits = jax.tree.map(jnp.copy, layers), []
+    for t in range(tokens_BT.shape[1]):
+        row, layers = _one_token(params, layers, tokens_BT[:, t : t + 1], order_BT[:, t : t + 1], cfg=cfg, policy=policy)
+        logits.append(row)
+    return jnp.stack(logits, axis=1), layers
 
-    layers, logits = jax.lax.scan(one, layers, (tokens_BT.T, order_BT.T))
-    return jnp.moveaxis(logits, 0, 1), layers
+
+@partial(jax.jit, static_argnames=("cfg", "policy"), donate_argnames="layers")
+def _one_token(params, layers, token_B1, order_B1, *, cfg, policy):
+    flow, layers = stack(params, cfg, embed(params, cfg, token_B1, order_B1), layers, policy=policy)
+    return unembed(params, cfg, flow.x_BTD)[:, 0], layers
