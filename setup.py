@@ -64,5 +64,5 @@ setup(
         "peers": ["torch==2.13.0", "transformers==5.2.0", "kvpress==0.5.5"],
     },
     entry_points={"console_scripts": ["tokeff=tokeff.cli:main"]},
-    classifiers=["License :: OSI Approved :: Apache Software License", "Programming Language :: Python :: 3"],
+    classifiers=["Programming Language :: Python :: 3"],
 )

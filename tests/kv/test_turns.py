@@ -19,7 +19,6 @@ from tokeff.sparse.methods import tidaldecode
 pytestmark = [pytest.mark.core, pytest.mark.xdist_group("turns")]
 FIRST = (40, 33)  # tokens of the first turn: 7 places of padding stay between the turns of the shorter row
 EVIDENCE = (Ask(), Ask(last=6))
-GAP = pytest.mark.xfail(reason="padding between two turns shifts slots")
 POLICIES = {
     "full": kv.full(),
     "h2o": kv.h2o(0.5),
@@ -29,7 +28,6 @@ POLICIES = {
     "shadowkv": kv.shadowkv(0.25),
     "tidaldecode": tidaldecode(0.5, (0,), (1,), 8),
 }
-BROKEN = {"full", "snapkv", "adakv", "tidaldecode"}
 
 
 @functools.cache
@@ -41,7 +39,7 @@ def prompts():
     return both, tiny.read(tiny.FULL, evidence=EVIDENCE)
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=GAP) if n in BROKEN else n for n in POLICIES])
+@pytest.mark.parametrize("name", POLICIES)
 def test_two_turns_equal_one(name):
     policy, found = POLICIES[name], []
     for prompt in prompts():
@@ -60,7 +58,6 @@ def test_two_turns_give_the_same_logits_and_text():
         assert int(both.next_B[b]) == int(both.length_B[b]) == len(row)
 
 
-@GAP
 def test_windows_reach_over_the_padding_behind_a_context():
     """One sequence whose first turn was padded to a bucket: a window counts orders, not slots."""
     cfg = dataclasses.replace(tiny.CFG, name="windowed", windows=(16, None, 16, None), local_rope=Rope(100.0))

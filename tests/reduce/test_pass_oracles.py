@@ -80,8 +80,6 @@ class Above:
 def test_policy_over_dropped_rows_equals_its_oracle(name):
     """Orders with gaps above the pass: protected rows and windows go by order, places in the cache by the rows that are there."""
     policy, make = POLICIES[name]
-    if name == "streaming":
-        pytest.xfail("rows above a pass are not contiguous, so order less a constant is not their place in the cache")
     agree(policy, [make(*distilled(b)[:2], tiny.LENGTHS[b]) for b in range(2)], cut=DISTILL)
 
 

@@ -28,6 +28,7 @@ class Gather(Policy):
     """The policy of a prefill: append this call's rows, attend causally, and gather the evidence asked for."""
 
     evidence: tuple[Ask, ...] = ()
+    gaps: bool = False  # rows of an earlier turn are there, with its padding behind them
 
     def attend(self, q, k, v, ask: Flow, new: Flow, layer: Prefilled, accepted: Accepted | None, across, here: Here):
         cfg, before = here.cfg, layer.order_BS.shape[1]
@@ -39,8 +40,8 @@ class Gather(Policy):
         out, lse = flash(
             q, k, v, here.lo(ask.order_BT), ask.hi_BT, order, scale=cfg.scale, softcap=cfg.softcap,
             first=before if ask is new else None,
-            # Padding between two turns of a batch makes rows stand further apart than their orders say.
-            window=here.window if before == 0 or q.shape[0] == 1 else None,
+            # Padding between two turns makes rows stand further apart than their orders say.
+            window=None if self.gaps else here.window,
         )  # fmt: skip
         evidence = {a: self.gather(a, q, k, lse, order, ask, layer, here) for a in self.evidence}
         return out, layer.replace(k_BKSH=k, v_BKSH=v, order_BS=order, evidence_BKS=evidence), across
@@ -141,7 +142,7 @@ def prefill(
         given_B, length_B = given_B + after.length_B, length_B + after.next_B
         text = join(after.tokens_BT, after.length_B, text)
         layers = tuple(go_on(layer, length_B) for layer in after.layers)
-    policy, rows = Gather(tuple(evidence)), []
+    policy, rows = Gather(tuple(evidence), gaps=after is not None), []
     for a in range(0, T, chunk or T):
         part = slice(a, min(a + (chunk or T), T))
         flow, layers = run_layers(
@@ -150,7 +151,23 @@ def prefill(
         rows.append((flow.order_BT.max(axis=1), last_row(flow)))
     which = jnp.argmax(jnp.stack([r[0] for r in rows]), axis=0)  # the chunk that holds each sequence's last row
     x = jnp.take_along_axis(jnp.stack([r[1] for r in rows]), which[None, :, None, None], axis=0)[0]
+    if after is not None:
+        layers = tuple(close_gaps(layer) for layer in layers)
     return Prompt(layers, text, given_B, length_B, _logits(params, cfg, x), place)
+
+
+@jax.jit
+def close_gaps(layer: Prefilled) -> Prefilled:
+    """Move the padding between two turns to the end: stores fill slots in order, and neighbours are neighbours in the text."""
+    at = jnp.argsort(layer.order_BS == EMPTY, axis=1, stable=True)
+
+    def rows(x_BKSx):
+        return jax.vmap(lambda x, i: jnp.take(x, i, axis=1))(x_BKSx, at)
+
+    return layer.replace(
+        k_BKSH=rows(layer.k_BKSH), v_BKSH=rows(layer.v_BKSH), order_BS=jnp.take_along_axis(layer.order_BS, at, axis=1),
+        evidence_BKS=jax.tree.map(rows, layer.evidence_BKS),
+    )  # fmt: skip
 
 
 def go_on(layer: Prefilled, length_B: jax.Array) -> Prefilled:

@@ -97,8 +97,10 @@ class Read(Full):
 
     def pack_layer(self, rows: Prefilled, room: Room, here: Here) -> Readable:  # type: ignore[override]
         # The length of the prompt, not of what a pass let through: every layer reads the same number of rows.
-        far = max(most_rows(self.budget, rows.order_BS.shape[1]) - self.recent, 1)
-        return Readable(super().pack_layer(rows, room, here), rows_of(self.budget, rows.length_B) - self.recent, far)
+        # All of the context is all of what comes, too: a share of 1 reads generated rows like any other.
+        more = room.rows if self.budget == 1.0 and isinstance(self.budget, float) else 0
+        far = max(most_rows(self.budget, rows.order_BS.shape[1]) - self.recent, 1) + more
+        return Readable(super().pack_layer(rows, room, here), rows_of(self.budget, rows.length_B) - self.recent + more, far)
 
     def attend(self, q, k, v, ask: Flow, new: Flow, layer: Readable, accepted: Accepted | None, across, here: Here):
         q, k = here.rotate(q, ask.angle_BT[:, :, None]), here.rotate(k, new.angle_BT[:, :, None])
