@@ -131,7 +131,8 @@ def compile_step(cfg: Config, policy: Policy, mesh: Mesh, drafter: Drafter | Non
 def cache_copies(hlo: str, s: Decoding) -> int:
     """How often the step copies a whole array of keys or values to another place or layout."""
     stored = {x.sharding.shard_shape(x.shape) for x in jax.tree.leaves(s.layers) if x.ndim == 4}
-    shapes = (f"bf16[{','.join(map(str, dims))}]" for dims in stored if math.prod(dims) > s.tokens_BS.size * 16)
+    large = max(map(math.prod, stored)) / 4
+    shapes = (f"bf16[{','.join(map(str, dims))}]" for dims in stored if math.prod(dims) > large)
     return sum(len(re.findall(rf"= {re.escape(shape)}\S* copy\(", hlo)) for shape in shapes)
 
 
@@ -153,8 +154,10 @@ def row(name: str, cfg: Config, policy: Policy, data: int, model: int) -> dict[s
 
 def show(r: dict[str, Any]) -> None:
     sizes = " ".join(f"{part} {r[f'{part}_bytes'] / GIB:.3f}" for part in ("weights", "state", "argument", "temp", "peak"))
-    print(f"{r['method']}, data={r['data']} x model={r['model']}, {r['layers']} layers: GiB a chip: {sizes}; {r['compile_s']} s; "
-          f"{r['cache_copies']} copies of a cache array")
+    print(
+        f"{r['method']}, data={r['data']} x model={r['model']}, {r['layers']} layers: GiB a chip: {sizes}; {r['compile_s']} s; "
+        f"{r['cache_copies']} copies of a cache array"
+    )
     for what, n in r["collectives"].items():
         print(f"    {n:3d} x {what}")
 

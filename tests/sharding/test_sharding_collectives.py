@@ -12,8 +12,8 @@ LAYERS = sharded.model(8).cfg.L
 ALWAYS = 3  # beside the activations: the arg-max over the split vocabulary (value, then index), and whether all rows are done
 # Methods whose formula crosses heads or that ask a question of the whole batch. Everything else sends nothing of its own.
 EXTRA = {
-    "StreamingLLM": 1,  # is any sequence full?
-    "H2O": 1,
+    "StreamingLLM": 3,  # is any sequence full? and the orders of one head, from which positions are counted
+    "H2O": 1,  # is any sequence full?
     "H2O+PromptLookup": 1,
     "AdaKV": 4 * LAYERS,  # queries out to the pages; their maxima back and out, their sums back
     "TokenRecycling": 2,  # the best successors of each part of the vocabulary: values and indices
@@ -24,7 +24,7 @@ def cache_arrays(s) -> list[jax.Array]:
     """The arrays that hold the prompt's rows: keys, values, or what stands for them."""
     stored = ("k_BKCH", "v_BKCH", "k_BPRH", "v_BPRH", "v_BKSH", "low_BSY")
     named = [(path[-1].name, x) for path, x in jax.tree_util.tree_leaves_with_path(s.layers)]
-    return [x for name, x in named if name in stored and x.nbytes > max(x.nbytes for _, x in named) / 3]
+    return [x for name, x in named if name in stored and x.nbytes > max(x.nbytes for _, x in named) / 2]
 
 
 def split(found: list[Collective], s) -> tuple[list[Collective], list[Collective]]:

@@ -57,6 +57,12 @@ class Rows(struct.PyTreeNode):
         return self.k_BKCH.shape[2]
 
 
+def whole_tiles(rows: int) -> int:
+    """Slots for so many rows: a multiple of 8, the rows of a TPU tile. XLA:TPU lays any other number out with heads innermost, which
+    the attention kernel does not take, and so copies the whole store on every step."""
+    return -(-rows // 8) * 8
+
+
 def per_head(f):
     """Map a function of one head's arrays over (B, K): partitions over data x model, unlike folding B and K together."""
     return jax.vmap(jax.vmap(f))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from tokeff.errors import UserError
 from tokeff.kv.budget import Budget, best, check_budget, most_rows, rows_of
-from tokeff.kv.cache import Room, Rows, accepted_orders, among, commit, empty_draft, evict, hold, take_rows, visible, write
+from tokeff.kv.cache import Room, Rows, accepted_orders, among, commit, empty_draft, evict, hold, take_rows, visible, whole_tiles, write
 from tokeff.kv.policy import Ask, Policy, Prefilled, append, pad_slots
 from tokeff.kv.read import read_rows
 from tokeff.kv.score import Scorer
@@ -85,7 +85,7 @@ class Keep(Policy):
     def store(self, rows: Prefilled, index_BKM: jax.Array, room: Room, here: Here) -> Rows:
         """The chosen rows (index S = none) in the first slots of a new cache."""
         S, M = rows.order_BS.shape[1], index_BKM.shape[-1]
-        C = M if self.evict else M + room.rows
+        C = whole_tiles(M if self.evict else M + room.rows)
         order = jnp.take_along_axis(pad_slots(rows.order_BS, S + 1, 1, EMPTY)[:, None], index_BKM, axis=2)
         k = pad_slots(self.stored_keys(rows, index_BKM, order, here), C, 2)
         v = pad_slots(take_rows(rows.v_BKSH, index_BKM), C, 2)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from tokeff.kv.cache import Room, Rows, commit, empty_draft, hold, write
+from tokeff.kv.cache import Room, Rows, commit, empty_draft, hold, whole_tiles, write
 from tokeff.kv.read import read_rows
 from tokeff.models.flow import EMPTY, Accepted, Flow, Here
 
@@ -119,7 +119,7 @@ class Full(Policy):
     """Keep every row, read every row: the baseline. Slots are in order, so selection policies build on its store."""
 
     def pack_layer(self, rows: Prefilled, room: Room, here: Here) -> Rows:
-        C = rows.k_BKSH.shape[2] + room.rows
+        C = whole_tiles(rows.k_BKSH.shape[2] + room.rows)
         B, K = rows.k_BKSH.shape[:2]
         order = jnp.broadcast_to(pad_slots(rows.order_BS, C, 1, EMPTY)[:, None], (B, K, C))
         k, v = pad_slots(rows.k_BKSH, C, 2), pad_slots(rows.v_BKSH, C, 2)

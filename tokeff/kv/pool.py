@@ -18,7 +18,7 @@ from flax import struct
 from tokeff.errors import UserError
 from tokeff.kernels import decode_attention, merge
 from tokeff.kv.budget import Spread, most_rows
-from tokeff.kv.cache import Room, Rows, empty_draft
+from tokeff.kv.cache import Room, Rows, empty_draft, whole_tiles
 from tokeff.kv.keep import Keep
 from tokeff.kv.policy import Policy, Prefilled, append
 from tokeff.kv.read import read_draft
@@ -116,8 +116,8 @@ class KeepByHead(Policy):
         # Every head wastes less than one page, so the sum of ceil(rows / R) is at most (K * M + K * (R - 1)) / R. Rounded up to
         # a multiple of K: a mesh that divides the heads then divides the pages.
         pool = pack_pool(rows, keep, K * math.ceil((M + self.page - 1) / self.page), self.page)
-        zero = jnp.zeros((B, K, room.rows, H), rows.k_BKSH.dtype)
-        tail = Rows(zero, zero, jnp.full((B, K, room.rows), EMPTY, jnp.int32), jnp.zeros(B, jnp.int32))
+        zero = jnp.zeros((B, K, whole_tiles(room.rows), H), rows.k_BKSH.dtype)
+        tail = Rows(zero, zero, jnp.full(zero.shape[:3], EMPTY, jnp.int32), jnp.zeros(B, jnp.int32))
         return Paged(pool, tail.replace(draft=empty_draft(zero, room.draft)))
 
     def attend(self, q, k, v, ask: Flow, new: Flow, layer: Paged, accepted: Accepted | None, across, here: Here):

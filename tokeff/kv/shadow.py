@@ -16,7 +16,7 @@ from flax import struct
 from tokeff.errors import UserError
 from tokeff.kernels import decode_attention, merge
 from tokeff.kv.budget import Budget, check_budget, most_rows, rows_of
-from tokeff.kv.cache import Room, Rows, empty_draft, take_rows
+from tokeff.kv.cache import Room, Rows, empty_draft, take_rows, whole_tiles
 from tokeff.kv.policy import Policy, Prefilled, append, pad_slots, tree_bytes
 from tokeff.kv.read import read_draft
 from tokeff.models.attention import NEG, combine, scores, softmax
@@ -106,7 +106,7 @@ class ShadowKV(Policy):
     def exact_rows(self, k, v, order_BS, pick_BKS, M: int, room: Room) -> Rows:
         S = order_BS.shape[1]
         index = jnp.sort(jnp.where(pick_BKS, jnp.arange(S), S), axis=-1)[..., : min(M, S)]
-        C = index.shape[-1] + room.rows
+        C = whole_tiles(index.shape[-1] + room.rows)
         order = jnp.take_along_axis(pad_slots(order_BS, S + 1, 1, EMPTY)[:, None], index, axis=2)
         k, v = pad_slots(take_rows(k, index), C, 2), pad_slots(take_rows(v, index), C, 2)
         live = (order != EMPTY).sum(axis=-1, dtype=jnp.int32).max(axis=1)
