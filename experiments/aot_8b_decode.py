@@ -1,15 +1,19 @@
 """A Llama-3-8B decode step fits v5e chips and sends only activations: compiled for a v5e:2x4 slice, with no TPU and no weights.
 
-    python experiments/aot_8b_decode.py              # about 4 minutes on 2 idle cores; needs libtpu: pip install 'tokeff[tpu]'
-    python experiments/aot_8b_decode.py --layers 2   # a quick look, 30 seconds; writes nothing
+    python experiments/aot_8b_decode.py              # about 2 minutes on 2 idle cores; needs libtpu: pip install -e '.[tpu]'
+    python experiments/aot_8b_decode.py --layers 2   # a quick look, 20 seconds; writes nothing
 
-Claim: with batch 8, 8,192 tokens of context and bfloat16, one decode step needs per chip the eighth of the cache and the quarter
-(data=2 x model=4) or eighth (data=1 x model=8) of the weights that `tokeff.sharding` says, and nothing of cache size besides; it
-sends two sums of activations a layer, one for the embedding and the arg-max, whatever the policy. AdaKV, whose pages cross heads,
-also sends queries out and partial results back.
+Claim: with batch 8, 8,192 tokens of context and bfloat16, one decode step needs on each chip the eighth of the cache and the
+quarter (data=2 x model=4) or eighth (data=1 x model=8) of the weights that `tokeff.sharding` says, and no copy of a cache. It
+sends 64 sums of activations (two a layer), one for the embedding, and the arg-max. Beside that, AdaKV, whose pages cross heads,
+sends queries out and partial results back in every layer; StreamingLLM reads the orders of one head; evicting policies ask whether
+any sequence is full; all others send nothing.
 
-Expected, GiB on each of 8 chips: data=2 x model=4: weights 3.74, caches 1.01 full, 0.10 to 0.12 at 10%; data=1 x model=8: weights
-1.87. A v5e chip has 16. Writes experiments/results/aot_8b_decode.json.
+Expected, GiB on each of 8 chips. data=2 x model=4: weights 3.74; state 1.02 for the full cache and TidalDecode, which reads less
+of it, 0.91 for ShadowKV, whose low-rank keys belong to all heads and are whole on every chip of a model group, 0.10 to 0.12 for
+the others at 10%; temporaries under 0.2. data=1 x model=8: weights 1.87. A v5e chip has 16.
+
+Writes experiments/results/aot_8b_decode.json.
 """
 
 from __future__ import annotations

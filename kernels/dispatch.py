@@ -13,12 +13,12 @@ import jax
 from jax.sharding import PartitionSpec
 
 from tokeff.compat import context_mesh, shard_map
+from tokeff.sharding import RULES
 
 IMPLEMENTATIONS = ("reference", "xla", "pallas_tpu", "pallas_gpu", "interpret")
 # The first that supports the call wins. The platform is the one compiled for, known only when XLA lowers:
 # `jax.default_backend()` names the machine that compiles, and picks the wrong kernel when the two differ.
 PREFERENCE = {"tpu": ("pallas_tpu", "xla"), "cuda": ("pallas_gpu", "xla"), "default": ("xla",)}
-AXIS = {"B": "data", "N": "model", "K": "model", "C": "seq"}  # the mesh axis a dimension is split over, if it divides
 
 log = logging.getLogger("tokeff.kernels")
 
@@ -112,10 +112,10 @@ def _over_mesh(spec, arrays):
 def _split_axes(mesh, dims, arrays):
     """Return {letter: mesh axis} for the dimensions that the mesh splits evenly; the others stay whole everywhere."""
     size = {letter: n for d, x in zip(dims, arrays) if x is not None for letter, n in zip(d, x.shape)}
-    ways = {letter: mesh.shape.get(axis, 1) for letter, axis in AXIS.items() if letter in size}
+    ways = {letter: mesh.shape.get(axis, 1) for letter, axis in RULES.items() if letter in size}
     whole = {letter for letter, n in ways.items() if n == 1 or size[letter] % n}
     whole |= {"N", "K"} if "K" in whole else set()  # a query head stays with its kv head
-    return {letter: AXIS[letter] for letter in ways if letter not in whole}
+    return {letter: RULES[letter] for letter in ways if letter not in whole}
 
 
 def _choose(spec, arrays):

@@ -15,7 +15,8 @@ _NO_DATA = ("u32[]",)  # semaphores beside an asynchronous result
 
 @dataclass(frozen=True)
 class Collective:
-    """One collective: its result as HLO prints it, such as 'bf16[4,4096]', and the result's bytes on one device."""
+    """One collective: its result as HLO prints it, such as 'bf16[4,4096]' ('2*' before it where two are combined), and the result's
+    bytes on one device."""
 
     kind: str
     shape: str
@@ -37,15 +38,20 @@ def collectives(hlo: str) -> list[Collective]:
         shapes = [shape for shape in shapes if shape not in _NO_DATA] or shapes[:1]
         if call[3]:  # the start of an asynchronous one returns (operand, result)
             shapes = shapes[-1:]
-        found.append(Collective(call[2], " ".join(shapes), sum(map(_bytes, shapes))))
+        found.append(Collective(call[2], _joined(shapes), sum(map(_bytes, shapes))))
     return found
 
 
 def counts(found: Iterable[Collective]) -> dict[str, int]:
-    """{'2 x all-reduce bf16[4,4096]'-like key without the number: how often}, the largest first."""
+    """How often each occurs: {'all-reduce bf16[4,4096]': 64}, the largest first."""
     ordered = sorted(found, key=lambda c: (-c.bytes, c.kind, c.shape))
     keys = [f"{c.kind} {c.shape}" for c in ordered]
     return {key: keys.count(key) for key in dict.fromkeys(keys)}
+
+
+def _joined(shapes: list[str]) -> str:
+    times = {shape: shapes.count(shape) for shape in shapes}
+    return " ".join(f"{n}*{shape}" if n > 1 else shape for shape, n in times.items())
 
 
 def _bytes(shape: str) -> int:

@@ -12,7 +12,7 @@ LAYERS = sharded.model(8).cfg.L
 ALWAYS = 3  # beside the activations: the arg-max over the split vocabulary (value, then index), and whether all rows are done
 # Methods whose formula crosses heads or that ask a question of the whole batch. Everything else sends nothing of its own.
 EXTRA = {
-    "StreamingLLM": 3,  # is any sequence full? and the orders of one head, from which positions are counted
+    "StreamingLLM": 2,  # is any sequence full? and the orders of one head, from which positions are counted
     "H2O": 1,  # is any sequence full?
     "H2O+PromptLookup": 1,
     "AdaKV": 4 * LAYERS,  # queries out to the pages; their maxima back and out, their sums back
@@ -45,7 +45,7 @@ def test_collectives(name):
     assert len(others) == ALWAYS + EXTRA.get(name, 0), others
     assert {c.kind for c in others} <= {"all-gather", "all-reduce"}
     smallest = min(x.addressable_shards[0].data.nbytes for x in cache_arrays(s))
-    assert all(c.bytes < smallest / 2 for c in others), others
+    assert all(c.bytes < smallest for c in others), others
 
 
 @pytest.mark.parametrize("name", sharded.METHODS)

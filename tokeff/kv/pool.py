@@ -52,14 +52,16 @@ def pack_pool(rows: Prefilled, keep_BKS: jax.Array, P: int, R: int) -> Pool:
         nth = jnp.cumsum(keep_KS, axis=1) - 1
         at = jnp.where(keep_KS, start[:, None] * R + nth, P * R + jnp.arange(keep_KS.size).reshape(keep_KS.shape)).reshape(-1)
 
-        def put(x_KSH):
-            flat = x_KSH.reshape(-1, x_KSH.shape[-1])
-            return jnp.zeros((P * R, flat.shape[1]), flat.dtype).at[at].set(flat, mode="drop", unique_indices=True).reshape(P, R, -1)
+        source = jnp.full(P * R, EMPTY, jnp.int32).at[at].set(jnp.arange(at.size), mode="drop", unique_indices=True)
+        held = source != EMPTY
 
-        order = jnp.broadcast_to(order_S, keep_KS.shape).reshape(-1)
-        order = jnp.full(P * R, EMPTY, jnp.int32).at[at].set(order, mode="drop", unique_indices=True)
+        def take(x_KSH):  # by reading the kept rows: writing them to their places would send whole layers between devices
+            rows = x_KSH.reshape(-1, x_KSH.shape[-1])[jnp.maximum(source, 0)]
+            return jnp.where(held[:, None], rows, 0).reshape(P, R, -1)
+
+        order = jnp.where(held, order_S[source % order_S.size], EMPTY)
         owner = jnp.searchsorted(jnp.cumsum(pages), jnp.arange(P), side="right")
-        return put(k_KSH), put(v_KSH), order.reshape(P, R), jnp.where(owner < K, owner, EMPTY).astype(jnp.int32)
+        return take(k_KSH), take(v_KSH), order.reshape(P, R), jnp.where(owner < K, owner, EMPTY).astype(jnp.int32)
 
     return Pool(*jax.vmap(one)(rows.k_BKSH, rows.v_BKSH, rows.order_BS, keep_BKS))
 

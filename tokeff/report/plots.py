@@ -10,7 +10,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Drawing
-from matplotlib.ticker import PercentFormatter, ScalarFormatter
+from matplotlib.ticker import FuncFormatter, PercentFormatter, ScalarFormatter
 
 from tokeff.report import labels
 from tokeff.report.figures import Bars, Figure, Lines, Scatter
@@ -134,6 +134,7 @@ def _points(panel: Axes, rows: list[dict[str, Any]], figure: Scatter) -> None:
     if figure.log_y:
         positive = ys[ys > 0]
         panel.set_yscale("symlog", linthresh=float(positive.min()) if positive.size else 1.0)
+        panel.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))  # mathematics in text is off: names may hold a $
     level = _random_level(rows, figure.y)
     if level is not None:
         panel.axhline(level, color="#555555", linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
