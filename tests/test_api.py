@@ -220,12 +220,6 @@ def test_one_model_call_serves_many_drafted_answers(tmp_path):
 # -- bad input
 
 
-def cases(table, not_yet=()):
-    """The names of a table; those that the library does not refuse in one line yet are expected to fail."""
-    mark = pytest.mark.xfail(reason="not refused in one line yet")
-    return [pytest.param(name, marks=mark) if name in not_yet else name for name in table]
-
-
 LONG = tiny.CFG.max_len + 1
 BAD = {
     "empty text": lambda m: tokeff.generate(m, ""),
@@ -267,10 +261,8 @@ BAD = {
     "rank above 1": lambda m: tokeff.generate(m, text(64), kv=tokeff.kv.shadowkv(0.5, rank=2.0)),
     "a tree without nodes": lambda m: tokeff.generate(m, text(64), decode=tokeff.decode.token_recycling(())),
 }
-BAD_NOT_YET = ()
 
-
-@pytest.mark.parametrize("name", cases(BAD, BAD_NOT_YET))
+@pytest.mark.parametrize("name", BAD)
 def test_bad_input_is_one_line(name):
     with pytest.raises(UserError) as e:
         BAD[name](model())
@@ -293,7 +285,7 @@ CONTEXT_USE = {
 }
 
 
-@pytest.mark.parametrize("name", cases(CONTEXT_USE, ()))
+@pytest.mark.parametrize("name", CONTEXT_USE)
 def test_context_that_cannot_serve(name):
     with pytest.raises(UserError) as e:
         CONTEXT_USE[name](model(), saved())
@@ -366,10 +358,8 @@ DAMAGE = {
     "setup is another class": change(setup={"type": "Full"}),
     "a list": lambda folder: (folder / "context.json").write_text("[]"),
 }
-DAMAGE_NOT_YET = ()
 
-
-@pytest.mark.parametrize("name", cases(DAMAGE, DAMAGE_NOT_YET))
+@pytest.mark.parametrize("name", DAMAGE)
 def test_damaged_context(name, tmp_path):
     saved().save(tmp_path / "c")
     DAMAGE[name](tmp_path / "c")
