@@ -23,7 +23,7 @@ mass_BKS = jax.nn.softmax(3 * jax.random.normal(keys[2], (B, K, S)))
 
 policy = snapkv(budget=0.25, window=8)
 here = Here(0, Config("mine", V=1, D=N * H, F=1, L=1, N=N, K=K, H=H))
-rows = Prefilled(k_BKSH, v_BKSH, order_BS, jnp.full(B, S), jnp.int32(0), {Ask(last=8): mass_BKS})
+rows = Prefilled(k_BKSH, v_BKSH, order_BS[:, None], jnp.full(B, S), jnp.int32(0), {Ask(last=8): mass_BKS})
 cache = policy.pack_layer(rows, Room(rows=4), here)
 print(f"kept {int(cache.live_B[0])} of {S} rows per head; cache {cache.k_BKCH.shape}, was {k_BKSH.shape}")
 

@@ -89,7 +89,7 @@ def prefilled(cfg: Config, policy: Policy, B: int, S: int) -> tuple[Prefilled, .
         return jax.ShapeDtypeStruct(dims, dtype)
 
     k, mass = shape(B, cfg.K, S, cfg.H, dtype=BFLOAT16.cache), shape(B, cfg.K, S, dtype="float32")
-    layer = Prefilled(k, k, shape(B, S), shape(B), shape(), dict.fromkeys(policy.needs(), mass))
+    layer = Prefilled(k, k, shape(B, 1, S), shape(B), shape(), dict.fromkeys(policy.needs(), mass))
     return (layer,) * cfg.L
 
 

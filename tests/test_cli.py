@@ -69,9 +69,10 @@ def tiny(tmp_path, monkeypatch):
 def listing(monkeypatch):
     """Stand in for the list of methods."""
     paper = types.SimpleNamespace(title="SnapKV [a]", bibtex=lambda: "@x{y}")
-    fields = ("name", "family", "paper", "lossless", "trained", "config")
-    rows = (("SnapKV", "kv", paper, False, False, "snapkv.py"), ("Full", "baseline", None, True, False, "full.py"))
-    named = [types.SimpleNamespace(**dict(zip(fields, row))) for row in rows]
+    fields = ("name", "family", "paper", "lossless", "trained", "config", "published")
+    rows = (("SnapKV", "kv", paper, False, False, "snapkv.py", {"window": 32}), ("Full", "baseline", None, True, False, "full.py", None))
+    settings = {"paper": {"window": 32}, "scaled": {"window": 16}}.get
+    named = [types.SimpleNamespace(**dict(zip(fields, row)), settings=settings) for row in rows]
     module = types.ModuleType("tokeff.listing")
     module.methods = lambda: tuple(named)
     monkeypatch.setitem(sys.modules, "tokeff.listing", module)
@@ -176,8 +177,8 @@ def test_methods(capsys, listing):
     assert cli.main(["methods", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     promised = {"name": "SnapKV", "family": "kv", "paper": "SnapKV [a]", "lossless": False, "trained": False}
-    assert rows[0] == {**promised, "config": "snapkv.py"}
-    assert rows[1]["paper"] is None
+    assert rows[0] == {**promised, "config": "snapkv.py", "paper_settings": {"window": 32}, "scaled_settings": {"window": 16}}
+    assert rows[1]["paper"] is None and rows[1]["paper_settings"] is None
     assert "Full has no paper" in refused(capsys, "methods", "--bibtex", "Full")
     assert cli.main(["methods", "--bibtex", "SnapKV"]) == 0
     assert capsys.readouterr().out == "@x{y}\n"

@@ -34,8 +34,12 @@ OWN = {
     "TriShape": {"block": 8, "window": 8, "dense": 6},
     "BlockTopK": {"block": 8, "top": 2, "dense": 0},
     "MInference": {"block": 8, "vertical": 8, "slash": 1, "dense": 0},
+    "FlexPrefill": {"block": 8, "most": 3, "vertical": 8, "dense": 0},
+    "SentenceKV": {"budget": 0.4, "factor": 1.5, "ends": (3, 8, 21, 34, 40, 55), "cell": 4, "longest": 8, "kernel": 3},
+    "TransMLA": {"rank": 0.25},  # fewer directions than the prompt has distinct tokens
     "S2-Attention": {"block": 8, "near": 1, "stride": 4, "dense": 0},
     "Video-XL-2": {"block": 8, "size": 1, "dense": 0},
+    "CacheBlend": {"chunk": 16, "share": 0.2, "dense": 4},
     "ShadowKV": {"budget": 0.25},  # its local chunks are half of so short a prompt
     "LServe": {"budget": 0.6},  # room for the recent rows that drafts need
     "TopK": {"budget": 0.25},  # at half of the rows it loses nothing; nor does a vote
@@ -165,3 +169,8 @@ def forced(policy, layers, prompt: Prompt, tokens_BT, *, cfg=CFG):
 def kept(policy, layer) -> list[list[list[int]]]:
     """Ascending orders of the rows that each sequence and kv head still holds."""
     return [[sorted(int(o) for o in head if o >= 0) for head in row] for row in np.asarray(policy.kept(layer))]
+
+
+# Another text in the middle of the first prompt, and a piece of the second one behind it.
+EARLIER = (*prompts()[0][:20], 3, 1, 4, 1, *prompts()[0][22:40], *prompts()[1][10:40])
+OWN["KVShare"] = {"earlier": EARLIER, "share": 0.2, "dense": 4, "least": 4}

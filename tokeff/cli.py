@@ -19,6 +19,7 @@ BENCHES = {
     "kernels": "each op against its bandwidth floor",
     "decode": "decode tokens/s against the bandwidth floor",
     "prefill": "prefill seconds",
+    "presses": "prefill, compression and decoding next to kvpress' same methods",
     "verify-cost": "what a pass over several draft tokens costs",
 }
 """Benchmarks by name; `tokeff bench verify-cost` calls main(args) of tokeff.bench.verify_cost."""
@@ -150,7 +151,10 @@ def _methods(known: argparse.Namespace, rest: list[str], args: list[str]) -> Non
         {**{f: getattr(m, f) for f in fields}, "paper": m.paper.title if m.paper else None} for m in methods.values()
     ]
     if known.json:
-        print(json.dumps(rows, indent=2, ensure_ascii=False))
+        for row, m in zip(rows, methods.values(), strict=True):
+            row["paper_settings"] = None if m.published is None else m.settings("paper")
+            row["scaled_settings"] = m.settings("scaled")
+        print(json.dumps(rows, indent=2, ensure_ascii=False, default=repr))
         return
     _print_methods(rows)
 

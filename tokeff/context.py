@@ -13,24 +13,27 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from tokeff.decode.draft import Drafter, Plain
 from tokeff.errors import UserError
-from tokeff.generation import Setup, encode, read
+from tokeff.generation import Setup, bucket, encode, read
+from tokeff.kv import compact as coding
+from tokeff.kv.compact import Compact
 from tokeff.kv.extend import pack
 from tokeff.kv.policy import Full, Policy, Prefilled, tree_bytes
 from tokeff.listing import methods
 from tokeff.models.config import Config
 from tokeff.models.load import Model, fingerprint
 from tokeff.models.transformer import Pass
-from tokeff.sharding import beside
+from tokeff.sharding import beside, field_of
 from tokeff.sparse.pattern import Pattern
 
 
 def choices() -> dict[str, type]:
-    """The classes a saved context may name: those of the listed methods and of their parts. Nothing else is ever built from one."""
+    """The classes a saved context may name: those of the listed methods, under both of their settings, and of their parts. Nothing else is
+    ever built from one."""
     found: dict[str, type] = {}
 
     def walk(value: Any) -> None:
@@ -39,7 +42,8 @@ def choices() -> dict[str, type]:
             for f in dataclasses.fields(value):
                 walk(getattr(value, f.name))
 
-    for part in (Setup(), *(method.make() for method in methods())):
+    published = (method.build(**method.settings("paper")) for method in methods() if method.published is not None)
+    for part in (Setup(), Compact(), *(method.make() for method in methods()), *published):
         walk(part)
     return found
 
@@ -48,7 +52,8 @@ def choices() -> dict[str, type]:
 class Compressed:
     """One context under one policy. `room` tokens (a question and its answer) fit behind it.
 
-    `tokens` are the context's own ids, `next` the order of the row that comes next, `logits_1V` what follows the last token.
+    `tokens` are the context's own ids, `next` the order of the row that comes next, `logits_1V` what follows the last token. `lossy`:
+    how coarsely keys and values were once written to a file; None where they are as they were computed.
     """
 
     setup: Setup
@@ -57,24 +62,32 @@ class Compressed:
     next: int
     logits_1V: jax.Array
     room: int
-    rows: tuple[int, ...]
+    rows: tuple[tuple[int, int], ...]
     model: str
+    lossy: Compact | None = None
 
     @property
     def bytes(self) -> int:
         """Bytes of every array of the cache."""
         return tree_bytes(self.layers)
 
-    def save(self, folder: str | Path) -> None:
-        """Write the arrays (safetensors) and the printed policy (JSON). The folder appears whole or not at all."""
+    def save(self, folder: str | Path, compact: Compact | str | None = None) -> None:
+        """Write the arrays (safetensors) and the printed policy (JSON). The folder appears whole or not at all.
+
+        compact: 'exact' writes smaller files of the same numbers, `tokeff.kv.compact.Compact(...)` much smaller ones in which keys and
+        values lie within half a bin of theirs. Both take seconds to write and read.
+        """
         folder = Path(folder)
+        coding.check(compact)
         if folder.exists():
             raise UserError(f"{folder} exists; save to a new folder")
         about = {
             "setup": to_json(self.setup), "tokens": list(self.tokens), "next": self.next, "room": self.room,
-            "rows": list(self.rows), "model": self.model,
+            "rows": list(self.rows), "model": self.model, "compact": to_json(compact),
+            "lossy": to_json(compact if isinstance(compact, Compact) else self.lossy),
         }  # fmt: skip
-        arrays = {str(i): np.asarray(x) for i, x in enumerate(jax.tree.leaves((self.layers, self.logits_1V)))}
+        leaves = [(name, third, np.asarray(x)) for name, third, x in named_leaves((self.layers, self.logits_1V))]
+        arrays = coding.write(leaves, compact) if compact else {str(i): x for i, (*_, x) in enumerate(leaves)}
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder.parent) as part:
@@ -92,8 +105,9 @@ class Compressed:
         """A saved context, for the model it was made with."""
         try:
             about = json.loads((Path(folder) / "context.json").read_text())
-            arrays = load_file(Path(folder) / "cache.safetensors")
-            model, tokens, rows = str(about["model"]), tuple(map(int, about["tokens"])), tuple(map(int, about["rows"]))
+            compact, lossy = from_json(about.get("compact")), from_json(about.get("lossy"))
+            model, tokens = str(about["model"]), tuple(map(int, about["tokens"]))
+            rows = tuple((int(here), int(whole)) for here, whole in about["rows"])
             room, next_, setup = int(about["room"]), int(about["next"]), from_json(about["setup"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as e:
             why = " ".join(str(e).split())[:120]
@@ -103,19 +117,49 @@ class Compressed:
         if not isinstance(setup, Setup):
             raise UserError(f"{folder} holds no setup; make a context with compress(...).save(folder)")
         setup.check_kinds()
+        most = bucket(m.cfg.max_len)
+        fits = len(rows) == m.cfg.L and all(0 <= here <= most and 0 <= whole <= most for here, whole in rows)
+        if not fits or room < 1 or len(tokens) + room > m.cfg.max_len:
+            raise UserError(f"{folder} claims other rows than {m.cfg.name} can have read; compress the text again")
         layers = abstract(m.cfg, setup, rows, room, m.precision.cache)
         like = (layers, jax.ShapeDtypeStruct((1, m.cfg.V), "float32"))
-        leaves, shape = jax.tree.flatten(like)
-        given = [arrays.get(str(i)) for i in range(len(leaves))]
-        if any(g is None or g.shape != x.shape or g.dtype != x.dtype for g, x in zip(given, leaves, strict=True)):
-            raise UserError(f"the arrays in {folder} do not fit its policy; compress the text again")
-        layers, logits = jax.tree.unflatten(shape, [jnp.asarray(g) for g in given])
-        return Compressed(setup, layers, tokens, next_, logits, room, rows, model)
+        given = arrays_of(Path(folder), like, compact)
+        layers, logits = jax.tree.unflatten(jax.tree.structure(like), [jnp.asarray(g) for g in given])
+        layers = setup.kv.place(layers)
+        return Compressed(setup, layers, tokens, next_, logits, room, rows, model, lossy)
+
+
+def named_leaves(tree: tuple[Any, jax.Array]) -> list[tuple[str, int, Any]]:
+    """(field name, third of the layers it lies in, array) of every array of (layers, logits)."""
+    flat, L = jax.tree_util.tree_flatten_with_path(tree)[0], len(tree[0])
+    return [(field_of(path), path[1].idx * 3 // L if len(path) > 1 else 0, x) for path, x in flat]
+
+
+def arrays_of(folder: Path, like: Any, compact: Any) -> list[np.ndarray]:
+    """The arrays of a saved context, which must be those that `like` names. Nothing is allocated by what the file says of itself."""
+    leaves = named_leaves(like)
+    try:
+        coding.check(compact)
+        with safe_open(folder / "cache.safetensors", "np") as file:
+            known = set(file.keys())
+
+            def get(name: str) -> np.ndarray:
+                if name not in known:
+                    raise KeyError(name)
+                return file.get_tensor(name)
+
+            given = coding.read(leaves, compact, get) if compact else [get(str(i)) for i in range(len(leaves))]
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as e:
+        why = " ".join(str(e).split())[:120]
+        raise UserError(f"the arrays in {folder} cannot be read ({why}); compress the text again") from e
+    if any(g.shape != x.shape or g.dtype != x.dtype for g, (*_, x) in zip(given, leaves, strict=True)):
+        raise UserError(f"the arrays in {folder} do not fit its policy; compress the text again")
+    return given
 
 
 def compress(
     m: Model, text: str, kv: Policy | None = None, *, cut: Pass | None = None, decode: Drafter | None = None,
-    prefill: Pattern | None = None, room: int = 256,
+    prefill: Pattern | None = None, bounded: int | None = None, room: int = 256,
 ) -> Compressed:  # fmt: skip
     """Read `text` once and pack it under a policy, with room for `room` further tokens.
 
@@ -123,25 +167,29 @@ def compress(
     """
     if not isinstance(text, str):
         raise UserError("compress takes one text; call it once for each")
-    setup = Setup(Full() if kv is None else kv, cut, Plain() if decode is None else decode, prefill=prefill)
+    setup = Setup(Full() if kv is None else kv, cut, Plain() if decode is None else decode, prefill=prefill, bounded=bounded)
     ids = encode(m, text)
     setup.check(m, [len(ids[0])], room)
+    setup = setup.fit(m)
     prompt = read(m, ids, setup)
     with beside(m.params):
         setup = dataclasses.replace(setup, kv=setup.kv.plan(prompt.layers, m.cfg))
         layers = pack(setup.kv, prompt.layers, setup.room(room), m.cfg)
-    rows = tuple(layer.order_BS.shape[1] for layer in prompt.layers)
+    rows = tuple((layer.order_BKS.shape[2], layer.whole or 0) for layer in prompt.layers)
     return Compressed(setup, layers, tuple(ids[0]), int(prompt.next_B[0]), prompt.logits_BV, room, rows, fingerprint(m))
 
 
-def abstract(cfg: Config, setup: Setup, rows: tuple[int, ...], room: int, dtype: str):
-    """The packed layers as shapes and dtypes, without computing them."""
+def abstract(cfg: Config, setup: Setup, rows: tuple[tuple[int, int], ...], room: int, dtype: str):
+    """The packed layers as shapes and dtypes, without computing them. rows: of each layer how many it was packed from, and, where it was
+    read in bounded memory, how many came in all."""
 
-    def layer(S: int) -> Any:
+    def layer(rows: tuple[int, int]) -> Any:
+        S, whole = rows
         kv = jax.ShapeDtypeStruct((1, cfg.K, S, cfg.H), dtype)
-        order, length, index = (jax.ShapeDtypeStruct(shape, "int32") for shape in ((1, S), (1,), ()))
+        order, length, index = (jax.ShapeDtypeStruct(shape, "int32") for shape in ((1, cfg.K if whole else 1, S), (1,), ()))
         like: Any = Prefilled  # shapes in the place of arrays
-        return like(kv, kv, order, length, index, {ask: ask.like(1, S, cfg) for ask in setup.kv.needs()})
+        return like(kv, kv, order, length, index, {ask: ask.like(1, S, cfg) for ask in setup.kv.needs()}, length if whole else None,
+                    whole or None)  # fmt: skip
 
     return jax.eval_shape(lambda layers: setup.kv.pack(layers, setup.room(room), cfg), tuple(map(layer, rows)))
 

@@ -63,6 +63,14 @@ class Experiment(abc.ABC):
     def measure(self, context: Any, key: str) -> dict[str, Any]:
         """Return the row of one key: JSON values, at least 'method'; `kept` may hold a `tokeff.report.kept.Kept`."""
 
+    def identity(self) -> "Experiment":
+        """Return what makes two runs the same run: all of it, unless some of it may grow."""
+        return self
+
+    def stands(self, measured: dict[str, Any]) -> bool:
+        """Return whether a row of an earlier run of the same `identity` is still what its key would measure."""
+        return True
+
     def summary(self, rows: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
         """Return what the table and the figures show of the measurements: all of them, unless they are to be averaged."""
         return rows

@@ -14,11 +14,12 @@ from tokeff.decode.draft import Drafter, Plain
 from tokeff.decode.loop import Decoding, begin, run
 from tokeff.decode.sample import GREEDY, Sampling, row_keys
 from tokeff.errors import UserError
+from tokeff.kv.bounded import check_bounded, prefill_bounded
 from tokeff.kv.cache import Room
 from tokeff.kv.evidence import Evidence
 from tokeff.kv.extend import extend, pack
 from tokeff.kv.policy import Full, Policy
-from tokeff.kv.prefill import Prompt, join, prefill
+from tokeff.kv.prefill import Prompt, check_pass, join, prefill
 from tokeff.models.load import Model, fingerprint
 from tokeff.models.transformer import Pass
 from tokeff.sharding import beside, follow
@@ -46,6 +47,7 @@ class Setup:
     decode: Drafter = field(default_factory=Plain)
     sampling: Sampling = GREEDY
     prefill: Pattern | None = None
+    bounded: int | None = None
 
     def check(self, m: Model, lengths: Sequence[int], new: int) -> None:
         """Raise UserError when the parts do not fit each other, the model, or the prompts."""
@@ -65,10 +67,16 @@ class Setup:
             if self.prefill is not None:
                 self.prefill.check(m.cfg, n)
         self.check_evidence()
+        check_pass(self.prefill, self.cut)
+        check_bounded(self.bounded, self.kv, self.cut, self.prefill)
         self.sampling.check(len(lengths))
         self.decode.check(m.cfg)
         if self.decode.nodes > 1 and (reason := self.kv.drafts(self.decode.depth)):
             raise UserError(f"{type(self.decode).__name__} does not fit {type(self.kv).__name__}: {reason}")
+
+    def fit(self, m: Model) -> Setup:
+        """With what the policy leaves open filled in from the model."""
+        return replace(self, kv=self.kv.fit(m))
 
     def check_evidence(self) -> None:
         """Raise UserError when the policy wants attention of prompt rows that a sparse prefill does not compute."""
@@ -147,6 +155,11 @@ def read(m: Model, ids, setup: Setup, *, chunk: int | None = None, evidence: tup
     given = follow(m.params, {"tokens_BT": tokens, "length_B": length})
     wanted = tuple(dict.fromkeys((*setup.kv.needs(), *evidence)))
     with beside(m.params):
+        if setup.bounded is not None:
+            return prefill_bounded(
+                m.params, m.cfg, given["tokens_BT"], given["length_B"], setup.kv,
+                piece=setup.bounded, evidence=wanted, dtype=m.precision.cache,
+            )  # fmt: skip
         return prefill(
             m.params, m.cfg, given["tokens_BT"], given["length_B"],
             evidence=wanted, cut=setup.cut, chunk=chunk, dtype=m.precision.cache, pattern=setup.prefill,
@@ -199,31 +212,35 @@ def generate(
     seed: int = 0,
     prefill: Pattern | None = None,
     chunk: int | None = None,
+    bounded: int | None = None,
     stop: bool = True,
     cache: Compressed | None = None,
 ) -> Generation:
     """Continue each prompt by up to `max_new` tokens.
 
     kv: what each layer keeps and reads. cut: which prompt rows go on through the network. decode: how many tokens a pass may
-    commit. prefill: which blocks of the prompt its rows read (default all). chunk: prefill in pieces of so many tokens. stop: end a
-    row at the model's end-of-sequence tokens. cache: a compressed
-    context that every prompt continues, under the parts it was compressed with. A row's tokens depend on (seed, row) alone.
+    commit. prefill: which blocks of the prompt its rows read (default all), or where rows are taken from. chunk: prefill in pieces of so
+    many tokens. bounded: let `kv` drop rows after each piece of so many tokens, so that its budget bounds the memory (kv/bounded.py).
+    stop: end a row at the model's end-of-sequence tokens. cache: a compressed context that every prompt continues, under the parts it
+    was compressed with.
+    A row's tokens depend on (seed, row) alone.
     Raises UserError, before computing anything, for parts that do not fit.
     """
     if cache is not None:
-        if (kv, cut, decode, prefill, chunk) != (None, None, None, None, None):
-            raise UserError("the compressed context fixes kv, cut, decode and prefill; give them to compress instead")
+        if (kv, cut, decode, prefill, chunk, bounded) != (None,) * 6:
+            raise UserError("the compressed context fixes kv, cut, decode and how it was read; give them to compress instead")
         return finished(m, ask(m, cache, encode(m, prompts, special=False), sampling, seed, max_new, m.cfg.eos if stop else ()))
-    setup = Setup(Full() if kv is None else kv, cut, Plain() if decode is None else decode, sampling, prefill)
+    setup = Setup(Full() if kv is None else kv, cut, Plain() if decode is None else decode, sampling, prefill, bounded)
     ids, eos = encode(m, prompts), m.cfg.eos if stop else ()
     setup.check(m, [len(row) for row in ids], max_new)
     check_chunk(chunk)
+    setup = setup.fit(m)
     s = start(m, read(m, ids, setup, chunk=chunk), setup, max_new, seed, eos)
     return finished(m, go(m, s, setup, max_new, eos))
 
 
 def ask(m: Model, cache: Compressed, ids: list[list[int]], sampling: Sampling, seed: int, new: int, eos) -> Decoding:
-    """Continue one compressed context by several prompts at once, each on a copy of its own."""
+    """Continue one compressed context by several prompts at once, each on a fork of its own; the context stays as it is."""
     if cache.model != fingerprint(m):
         raise UserError("the context was compressed with another model; load that one, or compress the text again")
     check_new(new)
@@ -236,7 +253,8 @@ def ask(m: Model, cache: Compressed, ids: list[list[int]], sampling: Sampling, s
     setup.sampling.check(len(ids))
     tokens, length = pad(ids, longest)
     B = len(ids)
-    layers, context = jax.tree.map(lambda x: jnp.repeat(x, B, axis=0), (cache.layers, jnp.asarray([cache.tokens], jnp.int32)))
+    layers = setup.kv.fork(cache.layers, B, setup.room(cache.room))
+    context = jnp.repeat(jnp.asarray([cache.tokens], jnp.int32), B, axis=0)
     start_B, before_B = jnp.full(B, cache.next, jnp.int32), jnp.full(B, n, jnp.int32)
     with beside(m.params):
         logits, layers = extend(m.params, m.cfg, follow(m.params, layers), tokens, start_B, length, setup.kv)
@@ -257,14 +275,16 @@ def stream(
     seed: int = 0,
     prefill: Pattern | None = None,
     chunk: int | None = None,
+    bounded: int | None = None,
     stop: bool = True,
     every: int = 4,
 ) -> Iterator[str]:
     """Yield the text of one prompt's continuation piece by piece, after every `every` passes. Otherwise like `generate`."""
-    setup = Setup(Full() if kv is None else kv, cut, Plain() if decode is None else decode, sampling, prefill)
+    setup = Setup(Full() if kv is None else kv, cut, Plain() if decode is None else decode, sampling, prefill, bounded)
     check_chunk(chunk)
     ids, eos = encode(m, [prompt] if isinstance(prompt, str) else [list(prompt)]), m.cfg.eos if stop else ()
     setup.check(m, [len(row) for row in ids], max_new)
+    setup = setup.fit(m)
     s, said = start(m, read(m, ids, setup, chunk=chunk), setup, max_new, seed, eos), ""
     while True:
         text, done = m.tok.decode(new_tokens(s)[0]), bool(s.done_B.all())

@@ -7,13 +7,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from tokeff import papers
+from tokeff import papers, published
 from tokeff.decode import methods as decode
 from tokeff.errors import UserError, nearest
 from tokeff.kv import methods as kv
 from tokeff.papers import Paper
 from tokeff.reduce import methods as reduce
 from tokeff.sparse import methods as sparse
+
+SETTINGS = ("scaled", "paper")  # names of settings
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,8 @@ class Method:
     identity: settings at which it does nothing (full budget, full rank). budgeted_by: the ratio that
     `budget` sets. fast: settings in which it equals itself under drafts (an evicting policy needs blocks of more than one row).
     converges: settings, coarse to fine, along which a method that approximates every row comes closer to dense.
+    published: settings that give the paper's numbers (tokeff/published.py); None for a baseline. reading: its rule or its constants could
+    not be recovered in full, and this is our reading of the paper.
     """
 
     name: str
@@ -31,15 +35,27 @@ class Method:
     make: Callable[..., Any]
     lossless: bool
     paper: Paper | None = None
+    published: dict[str, Any] | None = None
     trained: bool = False
     budgeted_by: str | None = None
     identity: dict[str, Any] | None = None
     fast: dict[str, Any] | None = None
     converges: tuple[dict[str, Any], ...] = ()
     config: str = "configs/quickstart.py"
+    reading: bool = False
+
+    def settings(self, name: str = "scaled") -> dict[str, Any]:
+        """Every setting of `make` under a name: 'scaled', the defaults, which are shares of context, heads and width; or 'paper', the
+        published numbers. Raises UserError for another name, and for a baseline's 'paper'."""
+        if name not in SETTINGS:
+            raise UserError(f"no settings named {name!r}; {nearest(name, SETTINGS)}")
+        if name == "paper" and self.published is None:
+            raise UserError(f"{self.name} is no published method; use its 'scaled' settings")
+        scaled = {k: p.default for k, p in inspect.signature(self.make).parameters.items()}
+        return scaled | (self.published or {}) if name == "paper" else scaled
 
     def build(self, **settings: Any) -> Any:
-        """`make` with a one-line error for a setting it does not have."""
+        """`make` with a one-line error for a setting it does not have: build(**method.settings("paper"))."""
         known = inspect.signature(self.make).parameters
         for name in settings:
             if name not in known:
@@ -59,6 +75,7 @@ _BITS = ({"bits": 2}, {"bits": 4}, {"bits": 8})
 _LONG = {"residual": 2**20}
 _WHOLE = ({"outliers": 0.125}, {"outliers": 0.5}, {"outliers": 1.0})
 _FINER = tuple(a | b for a, b in zip(_WHOLE, _BITS, strict=True))
+_RANKS = ({"rank": 0.25, "rope": 1.0}, {"rank": 0.5, "rope": 1.0}, {"rank": 1.0, "rope": 1.0})
 _CHANNELS = ({"channels": 0.25}, {"channels": 0.5}, {"channels": 1.0})
 
 METHODS: tuple[Method, ...] = (
@@ -66,56 +83,103 @@ METHODS: tuple[Method, ...] = (
     Method("Random", "kv", "baseline", kv.random_rows, False, budgeted_by="held", identity=_ALL),
     Method("Recent", "kv", "baseline", kv.recent_rows, False, budgeted_by="held", identity=_ALL),
     Method("Truncated", "cut", "baseline", reduce.truncated, False, budgeted_by="held", identity=_ALL),
-    Method("StreamingLLM", "kv", "kv", kv.streaming_llm, False, papers.STREAMING, budgeted_by="held", identity=_KEEP, fast=_BLOCKS),
-    Method("H2O", "kv", "kv", kv.h2o, False, papers.H2O, budgeted_by="held", identity=_KEEP, fast=_BLOCKS),
-    Method("LM-Infinite", "kv", "kv", kv.lm_infinite, False, papers.INFINITE, budgeted_by="held", identity=_KEEP, fast=_BLOCKS),
-    Method("TOVA", "kv", "kv", kv.tova, False, papers.TOVA, budgeted_by="held", identity=_KEEP, fast=_BLOCKS),
-    Method("A2SF", "kv", "kv", kv.a2sf, False, papers.A2SF, budgeted_by="held", identity=_KEEP, fast=_BLOCKS),
-    Method("ALISA", "kv", "kv", kv.alisa, False, papers.ALISA, budgeted_by="held", identity=_KEEP, fast=_BLOCKS),
-    Method("Knorm", "kv", "kv", kv.knorm, False, papers.KNORM, budgeted_by="held", identity=_ALL),
-    Method("KeyDiff", "kv", "kv", kv.keydiff, False, papers.KEYDIFF, budgeted_by="held", identity=_KEEP, fast=_BLOCKS),
-    Method("LagKV", "kv", "kv", kv.lagkv, False, papers.LAGKV, budgeted_by="held", identity=_ALL),
-    Method("ExpectedAttention", "kv", "kv", kv.expected_attention, False, papers.EXPECTED, budgeted_by="held", identity=_ALL),
-    Method("ChunkKV", "kv", "kv", kv.chunkkv, False, papers.CHUNKKV, budgeted_by="held", identity=_ALL),
-    Method("R-KV", "kv", "kv", kv.rkv, False, papers.RKV, budgeted_by="held", identity=_KEEP, fast=_BLOCKS),
-    Method("SnapKV", "kv", "kv", kv.snapkv, False, papers.SNAPKV, budgeted_by="held", identity=_ALL),
-    Method("PyramidKV", "kv", "kv", kv.pyramidkv, False, papers.PYRAMID, budgeted_by="held", identity=_ALL),
-    Method("RazorAttention", "kv", "kv", kv.razor_attention, False, papers.RAZOR, identity=_ALL),
-    Method("DuoAttention", "kv", "kv", kv.duo_attention, False, papers.DUO, identity=_KEEP, fast=_BLOCKS),
-    Method("CompressKV", "kv", "kv", kv.compresskv, False, papers.COMPRESS, budgeted_by="held", identity=_ALL),
-    Method("KVzip", "kv", "kv", kv.kvzip, False, papers.KVZIP, budgeted_by="held", identity=_ALL),
-    Method("AdaKV", "kv", "kv", kv.adakv, False, papers.ADAKV, budgeted_by="held", identity=_ALL),
-    Method("ShadowKV", "kv", "kv", kv.shadowkv, False, papers.SHADOWKV, budgeted_by="read", identity={"budget": 1.0, "rank": 1.0}),
-    Method("CaM", "kv", "kv", kv.cam, False, papers.CAM, budgeted_by="held", identity=_KEEP, fast=_BLOCKS),
-    Method("LOOK-M", "kv", "kv", kv.look_m, False, papers.LOOKM, budgeted_by="held", identity=_ALL),
-    Method("EMS", "kv", "kv", kv.ems, False, papers.EMS, budgeted_by="held", identity=_ALL),
-    Method("KIVI", "kv", "kv", kv.kivi, False, papers.KIVI, identity=_LONG, converges=_BITS),
-    Method("GEAR", "kv", "kv", kv.gear, False, papers.GEAR, identity=_LONG, converges=_BITS),
-    Method("MiniCache", "kv", "kv", kv.minicache, False, papers.MINICACHE, identity=_WHOLE[-1], converges=_WHOLE),
-    Method("MiniCache4bit", "kv", "kv", kv.minicache_4bit, False, papers.MINICACHE, identity=_WHOLE[-1] | _LONG, converges=_FINER),
-    Method("ThinK", "kv", "kv", kv.think, False, papers.THINK, identity=_CHANNELS[-1], converges=_CHANNELS),
-    Method("TidalDecode", "kv", "sparse", sparse.tidaldecode, False, papers.TIDAL, budgeted_by="read", identity=_ALL),
-    Method("Quest", "kv", "sparse", sparse.quest, False, papers.QUEST, budgeted_by="read", identity=_ALL, fast=_NEAR),
-    Method("DoubleSparsity", "kv", "sparse", sparse.double_sparsity, False, papers.DOUBLE, budgeted_by="read", identity=_ALL),
-    Method("TokenSelect", "kv", "sparse", sparse.tokenselect, False, papers.TOKENSELECT, budgeted_by="read", identity=_ALL, fast=_ANEW),
-    Method("Kascade", "kv", "sparse", sparse.kascade, False, papers.KASCADE, budgeted_by="read", identity=_ALL),
-    Method("InfLLM", "kv", "sparse", sparse.infllm, False, papers.INFLLM, budgeted_by="read", identity=_WINDOW),
-    Method("HiP", "kv", "sparse", sparse.hip, False, papers.HIP, budgeted_by="read", identity=_ALL, fast=_STEP),
-    Method("LServe", "kv", "sparse", sparse.lserve, False, papers.LSERVE, budgeted_by="read", identity=_ALL, fast=_STEPS),
-    Method("Recycled", "kv", "sparse", sparse.recycled_attention, False, papers.RECYCLED, budgeted_by="read", identity=_ALL, fast=_STEP),
+    Method(
+        "StreamingLLM", "kv", "kv", kv.streaming_llm, False, papers.STREAMING, published.STREAMING, budgeted_by="held", identity=_KEEP,
+        fast=_BLOCKS,
+    ),
+    Method("H2O", "kv", "kv", kv.h2o, False, papers.H2O, published.H2O, budgeted_by="held", identity=_KEEP, fast=_BLOCKS),
+    Method(
+        "LM-Infinite", "kv", "kv", kv.lm_infinite, False, papers.INFINITE, published.INFINITE, budgeted_by="held", identity=_KEEP,
+        fast=_BLOCKS,
+    ),
+    Method("TOVA", "kv", "kv", kv.tova, False, papers.TOVA, published.TOVA, budgeted_by="held", identity=_KEEP, fast=_BLOCKS),
+    Method("A2SF", "kv", "kv", kv.a2sf, False, papers.A2SF, published.A2SF, budgeted_by="held", identity=_KEEP, fast=_BLOCKS),
+    Method(
+        "ALISA", "kv", "kv", kv.alisa, False, papers.ALISA, published.ALISA, budgeted_by="held", identity=_KEEP, fast=_BLOCKS, reading=True
+    ),
+    Method("Knorm", "kv", "kv", kv.knorm, False, papers.KNORM, published.KNORM, budgeted_by="held", identity=_ALL),
+    Method("KeyDiff", "kv", "kv", kv.keydiff, False, papers.KEYDIFF, published.KEYDIFF, budgeted_by="held", identity=_KEEP, fast=_BLOCKS),
+    Method("LagKV", "kv", "kv", kv.lagkv, False, papers.LAGKV, published.LAGKV, budgeted_by="held", identity=_ALL),
+    Method(
+        "ExpectedAttention", "kv", "kv", kv.expected_attention, False, papers.EXPECTED, published.EXPECTED, budgeted_by="held",
+        identity=_ALL,
+    ),
+    Method("ChunkKV", "kv", "kv", kv.chunkkv, False, papers.CHUNKKV, published.CHUNKKV, budgeted_by="held", identity=_ALL),
+    Method("R-KV", "kv", "kv", kv.rkv, False, papers.RKV, published.RKV, budgeted_by="held", identity=_KEEP, fast=_BLOCKS),
+    Method("SnapKV", "kv", "kv", kv.snapkv, False, papers.SNAPKV, published.SNAPKV, budgeted_by="held", identity=_ALL),
+    Method("PyramidKV", "kv", "kv", kv.pyramidkv, False, papers.PYRAMID, published.PYRAMID, budgeted_by="held", identity=_ALL),
+    Method("RazorAttention", "kv", "kv", kv.razor_attention, False, papers.RAZOR, published.RAZOR, identity=_ALL),
+    Method("DuoAttention", "kv", "kv", kv.duo_attention, False, papers.DUO, published.DUO, identity=_KEEP, fast=_BLOCKS),
+    Method("CompressKV", "kv", "kv", kv.compresskv, False, papers.COMPRESS, published.COMPRESS, budgeted_by="held", identity=_ALL),
+    Method("KVzip", "kv", "kv", kv.kvzip, False, papers.KVZIP, published.KVZIP, budgeted_by="held", identity=_ALL),
+    Method("AdaKV", "kv", "kv", kv.adakv, False, papers.ADAKV, published.ADAKV, budgeted_by="held", identity=_ALL),
+    Method(
+        "ShadowKV", "kv", "kv", kv.shadowkv, False, papers.SHADOWKV, published.SHADOWKV, budgeted_by="read",
+        identity={"budget": 1.0, "rank": 1.0},
+    ),
+    Method("CaM", "kv", "kv", kv.cam, False, papers.CAM, published.CAM, budgeted_by="held", identity=_KEEP, fast=_BLOCKS),
+    Method("LOOK-M", "kv", "kv", kv.look_m, False, papers.LOOKM, published.LOOKM, budgeted_by="held", identity=_ALL),
+    Method("EMS", "kv", "kv", kv.ems, False, papers.EMS, published.EMS, budgeted_by="held", identity=_ALL, reading=True),
+    Method("KIVI", "kv", "kv", kv.kivi, False, papers.KIVI, published.KIVI, identity=_LONG, converges=_BITS),
+    Method("GEAR", "kv", "kv", kv.gear, False, papers.GEAR, published.GEAR, identity=_LONG, converges=_BITS),
+    Method("MiniCache", "kv", "kv", kv.minicache, False, papers.MINICACHE, published.MINICACHE, identity=_WHOLE[-1], converges=_WHOLE),
+    Method(
+        "MiniCache4bit", "kv", "kv", kv.minicache_4bit, False, papers.MINICACHE, published.MINICACHE_4BIT, identity=_WHOLE[-1] | _LONG,
+        converges=_FINER,
+    ),
+    Method("ThinK", "kv", "kv", kv.think, False, papers.THINK, published.THINK, identity=_CHANNELS[-1], converges=_CHANNELS),
+    Method("TransMLA", "kv", "kv", kv.transmla, False, papers.TRANSMLA, published.TRANSMLA, identity=_RANKS[-1], converges=_RANKS),
+    Method("Hydragen", "kv", "reuse", kv.hydragen, True, papers.HYDRAGEN, published.HYDRAGEN, identity={}),
+    Method("TidalDecode", "kv", "sparse", sparse.tidaldecode, False, papers.TIDAL, published.TIDAL, budgeted_by="read", identity=_ALL),
+    Method("Quest", "kv", "sparse", sparse.quest, False, papers.QUEST, published.QUEST, budgeted_by="read", identity=_ALL, fast=_NEAR),
+    Method(
+        "DoubleSparsity", "kv", "sparse", sparse.double_sparsity, False, papers.DOUBLE, published.DOUBLE, budgeted_by="read", identity=_ALL
+    ),
+    Method(
+        "TokenSelect", "kv", "sparse", sparse.tokenselect, False, papers.TOKENSELECT, published.TOKENSELECT, budgeted_by="read",
+        identity=_ALL, fast=_ANEW,
+    ),
+    Method("Kascade", "kv", "sparse", sparse.kascade, False, papers.KASCADE, published.KASCADE, budgeted_by="read", identity=_ALL),
+    Method("InfLLM", "kv", "sparse", sparse.infllm, False, papers.INFLLM, published.INFLLM, budgeted_by="read", identity=_WINDOW),
+    Method(
+        "SentenceKV", "kv", "sparse", sparse.sentencekv, False, papers.SENTENCEKV, published.SENTENCEKV, budgeted_by="read",
+        identity=_WINDOW,
+    ),
+    Method(
+        "HiP", "kv", "sparse", sparse.hip, False, papers.HIP, published.HIP, budgeted_by="read", identity=_ALL, fast=_STEP, reading=True
+    ),
+    Method("LServe", "kv", "sparse", sparse.lserve, False, papers.LSERVE, published.LSERVE, budgeted_by="read", identity=_ALL, fast=_STEPS),
+    Method(
+        "Recycled", "kv", "sparse", sparse.recycled_attention, False, papers.RECYCLED, published.RECYCLED, budgeted_by="read",
+        identity=_ALL, fast=_STEP, reading=True,
+    ),
     Method("TopK", "kv", "baseline", sparse.top_k_oracle, False, budgeted_by="read", identity=_ALL),
     Method("TopP", "kv", "baseline", sparse.top_p_oracle, False, budgeted_by="read", identity={"budget": 1.0, "p": 1.0}),
-    Method("GemFilter", "cut", "reduce", reduce.gemfilter, False, papers.GEMFILTER, budgeted_by="held", identity=_ALL),
-    Method("PromptDistill", "cut", "reduce", reduce.promptdistill, False, papers.DISTILL, budgeted_by="held", identity=_ALL),
-    Method("AShape", "prefill", "sparse", sparse.a_shape, False, papers.MINFERENCE, identity={"window": 1 << 20}),
-    Method("TriShape", "prefill", "sparse", sparse.tri_shape, False, papers.SCBENCH, identity={"window": 1 << 20}),
-    Method("BlockTopK", "prefill", "sparse", sparse.block_top_k, False, papers.MINFERENCE, identity={"top": 1 << 20}),
-    Method("MInference", "prefill", "sparse", sparse.minference, False, papers.MINFERENCE, identity={"slash": 1 << 20}),
-    Method("S2-Attention", "prefill", "sparse", sparse.s2_attention, False, papers.S2, identity={"stride": 1}),
-    Method("Video-XL-2", "prefill", "sparse", sparse.chunk_prefill, False, papers.VIDEOXL2, identity={"previous": 1 << 20}),
-    Method("PromptLookup", "decode", "decode", decode.prompt_lookup, True, papers.LOOKUP, identity={}),
-    Method("TokenRecycling", "decode", "decode", decode.token_recycling, True, papers.RECYCLING, identity={}),
-)
+    Method("GemFilter", "cut", "reduce", reduce.gemfilter, False, papers.GEMFILTER, published.GEMFILTER, budgeted_by="held", identity=_ALL),
+    Method(
+        "PromptDistill", "cut", "reduce", reduce.promptdistill, False, papers.DISTILL, published.DISTILL, budgeted_by="held", identity=_ALL
+    ),
+    Method("AShape", "prefill", "sparse", sparse.a_shape, False, papers.MINFERENCE, published.A_SHAPE, identity={"window": 1 << 20}),
+    Method("TriShape", "prefill", "sparse", sparse.tri_shape, False, papers.SCBENCH, published.TRI_SHAPE, identity={"window": 1 << 20}),
+    Method(
+        "BlockTopK", "prefill", "sparse", sparse.block_top_k, False, papers.MINFERENCE, published.BLOCK_TOP_K, identity={"top": 1 << 20}
+    ),
+    Method(
+        "MInference", "prefill", "sparse", sparse.minference, False, papers.MINFERENCE, published.MINFERENCE, identity={"slash": 1 << 20}
+    ),
+    Method(
+        "FlexPrefill", "prefill", "sparse", sparse.flexprefill, False, papers.FLEXPREFILL, published.FLEXPREFILL,
+        identity={"gamma": 1.0, "most": 1 << 20},
+    ),
+    Method("S2-Attention", "prefill", "sparse", sparse.s2_attention, False, papers.S2, published.S2, identity={"stride": 1}),
+    Method(
+        "Video-XL-2", "prefill", "sparse", sparse.chunk_prefill, False, papers.VIDEOXL2, published.VIDEOXL2, identity={"previous": 1 << 20}
+    ),
+    Method("CacheBlend", "prefill", "reuse", kv.cacheblend, False, papers.CACHEBLEND, published.CACHEBLEND, identity={"share": 1.0}),
+    Method("KVShare", "prefill", "reuse", kv.kvshare, False, papers.KVSHARE, published.KVSHARE, identity={"share": 1.0}, reading=True),
+    Method("PromptLookup", "decode", "decode", decode.prompt_lookup, True, papers.LOOKUP, published.LOOKUP, identity={}),
+    Method("TokenRecycling", "decode", "decode", decode.token_recycling, True, papers.RECYCLING, published.RECYCLING, identity={}),
+)  # fmt: skip
 
 
 def find(name: str) -> Method:

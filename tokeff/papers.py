@@ -189,9 +189,28 @@ EMS = Paper(
     "li2024ems", "EMS: Adaptive Evict-then-Merge Strategy for Head-wise KV Cache Compression Based on Global-Local Importance",
     "Li, Yingxin and Li, Ye and Meng, Yuan and Ma, Xinzhu and Geng, Zihan and Xia, Shutao and Wang, Zhi", 2024, "2412.08521",
 )  # fmt: skip
+TRANSMLA = Paper(
+    "meng2025transmla", "TransMLA: Multi-head Latent Attention Is All You Need",
+    "Meng, Fanxu and Tang, Pingzhi and Tang, Xiaojuan and Yao, Zengwei and Sun, Xing and Zhang, Muhan", 2025, "2502.07864",
+)  # fmt: skip
 MINICACHE = Paper(
     "liu2024minicache", "MiniCache: KV Cache Compression in Depth Dimension for Large Language Models",
     "Liu, Akide and Liu, Jing and Pan, Zizheng and He, Yefei and Haffari, Gholamreza and Zhuang, Bohan", 2024, "2405.14366",
+)  # fmt: skip
+HYDRAGEN = Paper(
+    "juravsky2024hydragen", "Hydragen: High-Throughput LLM Inference with Shared Prefixes",
+    "Juravsky, Jordan and Brown, Bradley and Ehrlich, Ryan and Fu, Daniel Y. and R{\\'e}, Christopher and Mirhoseini, Azalia",
+    2024, "2402.05099",
+)  # fmt: skip
+CACHEBLEND = Paper(
+    "yao2024cacheblend", "CacheBlend: Fast Large Language Model Serving for RAG with Cached Knowledge Fusion",
+    "Yao, Jiayi and Li, Hanchen and Liu, Yuhan and Ray, Siddhant and Cheng, Yihua and Zhang, Qizheng and Du, Kuntai and Lu, Shan and "
+    "Jiang, Junchen", 2024, "2405.16444",
+)  # fmt: skip
+KVSHARE = Paper(
+    "yang2025kvshare", "KVShare: An LLM Service System with Efficient and Effective Multi-Tenant KV Cache Reuse",
+    "Yang, Huan and Zhang, Renji and Huang, Mingzhe and Wang, Weijun and Tang, Yin and Li, Yuanchun and Liu, Yunxin and Zhang, Deyu",
+    2025, "2503.16525",
 )  # fmt: skip
 LOOKUP = Paper(
     "saxena2023promptlookup", "Prompt Lookup Decoding", "Saxena, Apoorv", 2023, "GitHub: apoorvumang/prompt-lookup-decoding"
@@ -205,6 +224,14 @@ MINFERENCE = Paper(
     "jiang2024minference", "MInference 1.0: Accelerating Pre-filling for Long-Context LLMs via Dynamic Sparse Attention",
     "Jiang, Huiqiang and Li, Yucheng and Zhang, Chengruidong and Wu, Qianhui and Luo, Xufang and Ahn, Surin and Han, Zhenhua and "
     "Abdi, Amir H. and Li, Dongsheng and Lin, Chin-Yew and Yang, Yuqing and Qiu, Lili", 2024, "2407.02490",
+)  # fmt: skip
+SENTENCEKV = Paper(
+    "zhu2025sentencekv", "SentenceKV: Efficient LLM Inference via Sentence-Level Semantic KV Caching",
+    "Zhu, Yuxuan and Falahati, Ali and Yang, David H. and Amiri, Mohammad Mohammadi", 2025, "2504.00970",
+)  # fmt: skip
+FLEXPREFILL = Paper(
+    "lai2025flexprefill", "FlexPrefill: A Context-Aware Sparse Attention Mechanism for Efficient Long-Sequence Inference",
+    "Lai, Xunhao and Lu, Jianqiao and Luo, Yao and Ma, Yiyuan and Zhou, Xun", 2025, "2502.20766",
 )  # fmt: skip
 SCBENCH = Paper(
     "li2024scbench", "SCBench: A KV Cache-Centric Analysis of Long-Context Methods",

@@ -28,7 +28,7 @@ from tokeff.compat import context_mesh, shard_map
 from tokeff.errors import UserError
 
 # Fully sharded weights are one more entry: D="data". `seq` is for kernels that are given such a mesh; `mesh` makes none.
-RULES: Mapping[str, str] = {"B": "data", "N": "model", "K": "model", "F": "model", "V": "model", "P": "model", "C": "seq"}
+RULES: Mapping[str, str] = {"B": "data", "N": "model", "K": "model", "F": "model", "V": "model", "P": "model", "C": "seq", "J": "data"}
 
 Tree = TypeVar("Tree")
 
@@ -64,15 +64,17 @@ def spec(name: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh, whole: st
 
 
 def shardings(tree: Tree, mesh: Mesh) -> Tree:
-    """The same tree with a NamedSharding for every array (or ShapeDtypeStruct)."""
+    """The same tree with a NamedSharding for every array (or ShapeDtypeStruct). What lies in host memory stays there."""
     flat, treedef = jax.tree_util.tree_flatten_with_path(tree)
-    named = [(_name(path), x.shape) for path, x in flat]
-    heads = {n for name, shape in named for letter, n in zip(letters(name), shape) if letter == "K"}
+    named = [(field_of(path), x.shape, getattr(getattr(x, "sharding", None), "memory_kind", None)) for path, x in flat]
+    heads = {n for name, shape, _ in named for letter, n in zip(letters(name), shape) if letter == "K"}
+    heads = heads - {1} or heads  # what all heads of a layer share has an axis of length 1 for them
     whole = "NK" if any(K % mesh.shape.get(RULES["K"], 1) for K in heads) else ""
-    return jax.tree.unflatten(treedef, [NamedSharding(mesh, spec(name, shape, mesh, whole)) for name, shape in named])
+    found = [NamedSharding(mesh, spec(name, shape, mesh, whole), memory_kind=kind) for name, shape, kind in named]
+    return jax.tree.unflatten(treedef, found)
 
 
-def _name(path: tuple[Any, ...]) -> str:
+def field_of(path: tuple[Any, ...]) -> str:
     """The innermost name with letters on the way to a leaf (a dataclass field or a dict key), else the innermost name."""
     names = [str(getattr(key, "name", getattr(key, "key", ""))) for key in reversed(path)]
     return next(filter(letters, names), names[0] if names else "")

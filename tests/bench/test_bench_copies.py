@@ -33,13 +33,13 @@ def compiled(policy, drafter):
 
     rows, count = struct(1, CFG.K, ROWS, CFG.H), struct(1, dtype="int32")
     evidence = {ask: struct(1, CFG.K, ROWS) for ask in policy.needs()}
-    layers = (Prefilled(rows, rows, struct(1, ROWS, dtype="int32"), count, struct(dtype="int32"), evidence),) * CFG.L
+    layers = (Prefilled(rows, rows, struct(1, 1, ROWS, dtype="int32"), count, struct(dtype="int32"), evidence),) * CFG.L
 
     def begin(layers, tokens, length, logits):
         packed = policy.pack(layers, setup.room(NEW), CFG)
         return decoding(packed, tokens, length, length, logits, setup, NEW, 0, ())
 
-    s = jax.eval_shape(begin, layers, struct(1, ROWS, dtype="int32"), count, struct(1, CFG.V))
+    s = jax.eval_shape(begin, layers, struct(1, 1, ROWS, dtype="int32"), count, struct(1, CFG.V))
     args = dict(policy=policy, drafter=drafter, how=setup.sampling, eos=())
     program = run.lower(abstract(CFG, Precision()), CFG, s, jnp.int32(NEW), **args).compile()
     return program, {x.size for layer in s.layers for x in (layer.k_BKCH, layer.v_BKCH)}

@@ -2,23 +2,33 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+import tiny
 
 from tokeff import experiment
 from tokeff.errors import UserError
 from tokeff.evals.comparison import line
-from tokeff.evals.leaderboard import Leaderboard, averaged, entries, name_of
+from tokeff.evals.fidelity import Encoded, Reader
+from tokeff.evals.leaderboard import Batch, Leaderboard, averaged, entries, name_of
+from tokeff.generation import Setup
+from tokeff.kv import methods as kv
+from tokeff.kv.policy import Full
 from tokeff.listing import find, methods
+from tokeff.models.config import Precision
+from tokeff.models.load import Model
 
 pytestmark = pytest.mark.core
 CONFIG = Path(__file__).parents[2] / "configs" / "leaderboard" / "kv.py"
 
 
-def row(method, text, kl, **more):
+def row(method, batch, kl, **more):
+    """One measurement: a batch of as many texts as there are numbers in `kl`."""
+    each = lambda x: [x] * len(kl)  # noqa: E731
     return {
         "method": method, "family": find(method).family, "lossless": False, "budgeted_by": "held", "budget": 0.25, "context": 64,
-        "text": text, "held": 0.25, "read": 0.25, "needles_exact": 1, "n": 3, "full_exact": 3, "answer_logprob": -2.0, "loss": 3.0,
-        "kl": kl, "top1_agree": 0.5,
+        "batch": batch, "held": 0.25, "read": 0.25, "exact": each(1), "asked": each(3), "full_exact": each(3), "answer_logprob": each(-2.0),
+        "later_exact": each(0), "later_logprob": each(-3.0), "loss": each(3.0), "kl": list(kl), "top1_agree": each(0.5),
     } | more  # fmt: skip
 
 
@@ -30,22 +40,62 @@ def test_every_budgeted_method_stands_at_every_budget():
 
 
 def test_texts_are_averaged_and_compared_one_by_one():
-    chance = [row("Random", i, kl) for i, kl in enumerate((0.5, 0.9, 0.7))]
-    better = [row("SnapKV", i, kl) for i, kl in enumerate((0.4, 0.8, 0.6))]  # by .1 on each text, though texts differ by more
+    chance = [row("Random", 0, (0.5, 0.9)), row("Random", 1, (0.7,))]
+    better = [row("SnapKV", 0, (0.4, 0.8)), row("SnapKV", 1, (0.6,))]  # by .1 on each text, though texts differ by more
     found = averaged(better, chance)
     assert found["kl"] == pytest.approx(0.6) and found["kl_n"] == 3 and found["kl_lo"] < 0.6 < found["kl_hi"]
-    assert (found["needles_exact"], found["n"]) == (3, 9) and found["beats_random"]
-    assert not averaged([row("SnapKV", i, kl) for i, kl in enumerate((0.4, 1.0, 0.7))], chance)["beats_random"]
+    assert (found["needles_exact"], found["n"], found["later_exact"]) == (3, 9, 0) and found["beats_random"]
+    assert not averaged([row("SnapKV", 0, (0.4, 1.0)), row("SnapKV", 1, (0.7,))], chance)["beats_random"]
 
 
 def test_one_text_has_no_interval():
-    found = averaged([row("SnapKV", 0, 0.4)], [row("Random", 0, 0.5)])
+    found = averaged([row("SnapKV", 0, (0.4,))], [row("Random", 0, (0.5,))])
     assert found["kl"] == 0.4 and "kl_lo" not in found and "beats_random" not in found
 
 
-def test_keys_go_text_by_text():
-    board = Leaderboard("b", (line("Full"), line("SnapKV", budget=0.5)), texts=((64, 2), (128, 1)))
-    assert board.keys() == ["Full/64/0", "SnapKV@0.5/64/0", "Full/64/1", "SnapKV@0.5/64/1", "Full/128/0", "SnapKV@0.5/128/0"]
+def test_texts_without_a_question_have_no_answer():
+    asked, silent = row("SnapKV", 0, (0.4,)), row("SnapKV", 1, (0.4,), asked=[0], exact=[0], full_exact=[0], answer_logprob=[None])
+    found = averaged([asked, silent], None)
+    assert (found["n"], found["answer_logprob"], found["kl_n"]) == (3, -2.0, 2)
+
+
+TWO = (Batch("multi_question", 64, n=2), Batch("multi_question", 128))
+
+
+def test_keys_go_batch_by_batch():
+    board = Leaderboard("b", (line("Full"), line("SnapKV", budget=0.5)), batches=TWO)
+    assert board.keys() == ["Full/0", "SnapKV@0.5/0", "Full/1", "SnapKV@0.5/1"]
+
+
+def test_rows_with_a_prefill_of_their_own_are_at_some_budgets():
+    board = Leaderboard("b", (line("Full"), *(line("GemFilter", budget=b) for b in (0.5, 0.25))), own=(0.25,))
+    assert board.keys() == ["Full/0", "GemFilter@0.25/0"]
+
+
+def test_a_leaderboard_grows_and_measures_changed_rows_again():
+    small = Leaderboard("b", (line("Full"),), batches=TWO)
+    large = Leaderboard("b", (line("Full"), line("SnapKV", budget=0.5)), batches=TWO)
+    assert small.identity() == large.identity() != Leaderboard("b", (line("Full"),)).identity()
+    measured = {"key": "SnapKV@0.5/0", "settings": repr(line("SnapKV", budget=0.5))}
+    assert large.stands(measured) and not small.stands(measured)
+    assert not Leaderboard("b", (line("SnapKV", budget=0.5, window=8),)).stands(measured)
+
+
+def test_a_batch_is_measured_as_its_texts_alone():
+    """Unlike questions and answers in one batch, question known and not known, against one text at a time."""
+    m = Model(tiny.CFG, tiny.params(), None, Precision("float32", "float32", "float32"), "tiny")
+    rng = np.random.default_rng(0)
+    ids = lambda n: tuple(rng.integers(0, tiny.CFG.V, n).tolist())  # noqa: E731
+    texts = [Encoded(ids(48), (ids(a), ids(a + 1)), (ids(2), ids(b)), ids(9), ()) for a, b in ((4, 3), (6, 5))]
+    for policy in (Full(), kv.snapkv(0.5, window=6), kv.h2o(0.5)):
+        setup = Setup(policy)
+        both = Reader(m, *texts, evidence=policy.needs())
+        for b, (quality, later) in enumerate(zip(both.qualities(setup), both.later(setup), strict=True)):
+            alone = Reader(m, texts[b])
+            expected = alone.quality(setup)
+            np.testing.assert_allclose(quality.logprob, expected.logprob, atol=1e-3)
+            np.testing.assert_allclose(quality.nll, expected.nll, atol=1e-3)
+            np.testing.assert_allclose([p for _, p in later], [p for _, p in alone.later(setup)[0]], atol=1e-3)
 
 
 def test_a_leaderboard_needs_the_full_cache():

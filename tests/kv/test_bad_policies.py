@@ -161,7 +161,7 @@ def test_alisa_without_a_step():
 def test_a_score_that_is_no_number_is_the_lowest():
     """A row with NaN is dropped before any other, and kept where there is room for all."""
     k = jnp.asarray(np.random.default_rng(0).normal(size=(1, 2, 8, 8)), jnp.float32).at[0, 0, 3, 0].set(jnp.nan)
-    rows = Prefilled(k, k, jnp.arange(8)[None], jnp.array([8]), jnp.int32(0), {})
+    rows = Prefilled(k, k, jnp.arange(8)[None, None], jnp.array([8]), jnp.int32(0), {})
     for budget, missing in ((7, {3}), (8, set())):
         index = kv.knorm(budget).choose(rows, Here(0, tiny.CFG))[0, 0]
         assert set(range(8)) - set(index.tolist()) == missing

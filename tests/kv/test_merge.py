@@ -78,7 +78,7 @@ def test_equal_rows_merged_with_their_size_are_what_they_were():
     rng, (B, K, S, H) = np.random.default_rng(0), (2, tiny.CFG.K, 32, tiny.CFG.H)
     k, v = (jnp.asarray(np.tile(rng.normal(size=(B, K, S // 4, H)), (1, 1, 4, 1)), jnp.float32) for _ in range(2))
     order = jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32), (B, S))
-    rows = Prefilled(k, v, order, jnp.full(B, S), jnp.int32(0), {})
+    rows = Prefilled(k, v, order[:, None], jnp.full(B, S), jnp.int32(0), {})
     here, out = Here(0, tiny.CFG), []
     for policy in (kv.full(), Merged(S // 4, Recency(), sized=True), Merged(S // 4, Recency(), sized=False)):
         layer = policy.pack_layer(rows, Room(1), here)

@@ -19,7 +19,7 @@ class Causal:
         q, k = here.rotate(q_BTNH, ask.angle_BT[..., None]), here.rotate(k_BTKH, new.angle_BT[..., None])
         k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v_BTKH, 1, 2)
         lo, cfg = here.lo(ask.order_BT), here.cfg
-        out, _ = flash(q, k, v, lo, ask.hi_BT, new.order_BT, scale=cfg.scale, softcap=cfg.softcap)
+        out, _ = flash(q, k, v, lo, ask.hi_BT, new.order_BT[:, None], scale=cfg.scale, softcap=cfg.softcap)
         return out, layer, across
 
 

@@ -148,11 +148,11 @@ class RKV(Faded):
         mass = [self.mass(layer, head, o) if i < n - self.window else 0.0 for i, o in enumerate(orders)]
         share = [x / sum(mass) for x in mass]
         importance = [max(share[max(i - half, 0) : i + half + 1]) for i in range(n)]
-        keys = [self.key(layer, head, o) for o in orders]
-        similar = np.zeros((n, n))  # of key i with key j
+        keys = np.array([self.key(layer, head, o) for o in orders])
+        keys /= np.linalg.norm(keys, axis=1, keepdims=True)
+        similar = keys @ keys.T  # cosine of key i with key j
         for i in range(n):
-            for j in range(n):
-                similar[i, j] = 0.0 if i == j else cosine(keys[i], keys[j])
+            similar[i, i] = 0.0
             close = [j for j in range(n) if similar[i, j] > self.alike]
             for j in close[len(close) - min(int(self.spare * n), len(close)) :]:
                 similar[i, j] = 0.0

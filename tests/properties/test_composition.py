@@ -47,8 +47,12 @@ def test_every_combination_is_possible_or_refused_at_once(kv):
     assert runs.programs() == programs, "a refusal comes before anything is compiled"
 
 
-@pytest.mark.parametrize("cut", NAMES["cut"])
-@pytest.mark.parametrize("kv", listed("kv"))
+# One pass of each kind: rows dropped half-way up, for every policy; a prompt that begins anew, for a few.
+@pytest.mark.parametrize(
+    ("kv", "cut"),
+    [pytest.param(*p.values, "PromptDistill", marks=p.marks) for p in listed("kv")]
+    + [(kv, cut) for kv in ("Full", "H2O", "Quest") for cut in NAMES["cut"] if cut != "PromptDistill"],
+)
 def test_policy_over_a_pass_decodes(kv, cut):
     """Every policy packs what a pass let through and decodes from it: finite logits, no row twice, the newest row read."""
     if refusal(kv, cut, None, "small"):

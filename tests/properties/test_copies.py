@@ -9,8 +9,12 @@ import runs
 import tiny
 from runs import listed, part
 
-from tokeff.decode.loop import run
-from tokeff.decode.sample import GREEDY
+from tokeff.decode.loop import begin, run
+from tokeff.decode.methods import token_recycling
+from tokeff.decode.sample import GREEDY, row_keys
+from tokeff.kv.cache import Room
+from tokeff.kv.extend import extend, pack
+from tokeff.kv.methods import hydragen
 
 pytestmark = pytest.mark.core
 # Handing a buffer on, writing rows into it in place.
@@ -45,6 +49,7 @@ def compiled(policy, drafter=tiny.PLAIN):
     program = run.lower(tiny.params(), tiny.CFG, s, jnp.int32(5), policy=policy, drafter=drafter, how=GREEDY, eos=())
     rows = [x.shape for x in jax.tree.leaves(s.layers) if x.ndim == 4 and x.shape[-1] == tiny.CFG.H and x.shape[2] >= 16]
     stores = rows + [x.shape for x in jax.tree.leaves(s.layers) if x.ndim == 5 and x.dtype == jnp.uint8]  # pages of codes
+    stores += [x.shape for path, x in jax.tree_util.tree_leaves_with_path(s.layers) if path[-1].name == "low_BCY"]  # one row for all heads
     assert stores
     return program.compile().as_text(), {tuple(sorted(shape)) for shape in stores}
 
@@ -64,6 +69,26 @@ def test_decode_loop_copies_no_cache(name):
 def test_draft_loop_copies_no_cache(name):
     text, shapes = compiled(part(name, "fast")["kv"], part("TokenRecycling")["decode"])
     assert not [line for operation, line in large(text, shapes) if operation.startswith("copy")]
+
+
+@pytest.mark.parametrize("drafter", [tiny.PLAIN, token_recycling(tiny.TREE)], ids=["plain", "drafts"])
+def test_forked_loop_copies_no_prefix(drafter):
+    """Three sequences on one prompt, with a second level of their own: neither level nor own rows are copied, or made anew in any form."""
+    policy, room = hydragen(), Room(24, drafter.nodes if drafter.nodes > 1 else 0)
+    layers = pack(policy, tiny.read(policy, [tiny.prompts()[0]]).layers, room, tiny.CFG)
+    given, length = tiny.padded([[5] * 18] * 2)
+    for times in (2, 3):
+        layers = policy.fork(layers, times, room)
+        if times == 2:
+            _, layers = extend(tiny.params(), tiny.CFG, layers, given, jnp.full(2, 64), length, policy)
+    tokens, length = jnp.zeros((6, 82 + 24), jnp.int32), jnp.full(6, 82)
+    logits, limit, nobody = jnp.zeros((6, tiny.CFG.V)), jnp.full(6, 24), jnp.zeros(6, jnp.int32)
+    s = begin(layers, tokens, length, nobody, logits, drafter, row_keys(0, jnp.arange(6)), limit, GREEDY, ())
+    program = run.lower(tiny.params(), tiny.CFG, s, jnp.int32(5), policy=policy, drafter=drafter, how=GREEDY, eos=())
+    levels = {x.shape for x in jax.tree.leaves([layer.levels for layer in layers]) if x.ndim == 4}
+    assert sorted(levels) == [(1, 2, 64, 8), (2, 2, 24, 8)]
+    found = large(program.compile().as_text(), {tuple(sorted(shape)) for shape in levels | {layers[0].own.k_BKCH.shape}})
+    assert not [line for operation, line in found if not (operation == "fusion" and "scatter" in line)]
 
 
 @pytest.mark.xdist_group("Full")

@@ -37,7 +37,7 @@ def test_prefill_drops_the_rows_the_oracle_drops(cut, make):
         _, seen, logits = make(b)
         np.testing.assert_allclose(prompt.logits_BV[b], logits, atol=5e-4)
         for i, layer in enumerate(prompt.layers):
-            assert [o for o in layer.order_BS[b].tolist() if o >= 0] == seen[i].orders, f"layer {i}, sequence {b}"
+            assert [o for o in layer.order_BKS[b, 0].tolist() if o >= 0] == seen[i].orders, f"layer {i}, sequence {b}"
 
 
 def test_gemfilter_renumbers_and_remembers_places():

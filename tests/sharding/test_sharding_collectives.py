@@ -27,6 +27,7 @@ EXTRA = {
     "DuoAttention": 5 * LAYERS + 5,  # and whether any sequence is full
     "AdaKV": 4 * LAYERS,  # queries out to the pages; their maxima back and out, their sums back
     "TokenSelect": 4 * (LAYERS - 1),  # maximum and sum of the votes, products of the queries, and whether any sequence votes anew
+    "TransMLA": LAYERS,  # a row is a sum over all heads
     "InfLLM": LAYERS - 1,  # blocks are worth a sum over all heads, in every layer but the dense one
     "HiP": 1,  # does any sequence choose anew?
     "LServe": 1,
@@ -37,7 +38,7 @@ EXTRA = {
 
 def cache_arrays(s) -> list[jax.Array]:
     """The arrays that hold the prompt's rows: keys, values, or what stands for them."""
-    stored = ("k_BKCH", "v_BKCH", "k_BPRH", "v_BPRH", "v_BKSH", "low_BSY", "code_BKPRZ", "outlier_BKPRX")
+    stored = ("k_BKCH", "v_BKCH", "k_BPRH", "v_BPRH", "v_BKSH", "low_BSY", "low_BCY", "code_BKPRZ", "outlier_BKPRX", "k_JKCH", "v_JKCH")
     named = [(path[-1].name, x) for path, x in jax.tree_util.tree_leaves_with_path(s.layers)]
     return [x for name, x in named if name in stored and x.nbytes > max(x.nbytes for _, x in named) / 2]
 

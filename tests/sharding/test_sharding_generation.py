@@ -17,6 +17,7 @@ pytestmark = pytest.mark.core
 
 EVICTING = "H2O+PromptLookup"  # drafts under eviction, with attention mass
 CROSSING = "AdaKV+TokenRecycling"  # pages that cross heads, tree drafts, a table per sequence
+TOLERANCE = {"TransMLA": 5e-3}  # rounding tilts what is cut off where two eigenvalues are close
 MESHES = [(4, 8, 1), (4, 4, 2), (4, 2, 4), (4, 1, 8), (8, 8, 1), (8, 4, 2), (8, 1, 8)]  # kv heads, data, model
 
 
@@ -43,7 +44,7 @@ def check_equal(K: int, name: str, m) -> None:
             x, y = np.asarray(x), np.asarray(y)
             where = f"{name} {jax.tree_util.keystr(path)}"
             if np.issubdtype(x.dtype, np.floating):
-                np.testing.assert_allclose(x, y, atol=0.05 if others else 1e-4, rtol=1e-5, err_msg=where)
+                np.testing.assert_allclose(x, y, atol=0.05 if others else TOLERANCE.get(name, 1e-4), rtol=1e-5, err_msg=where)
             elif x.dtype != np.uint8:
                 np.testing.assert_array_equal(x, y, err_msg=where)
 

@@ -46,7 +46,7 @@ def test_query_heads_follow_their_kv_heads():
 
 def test_a_dict_inherits_the_letters_of_its_field():
     k = jnp.zeros((2, 4, 6, 8))
-    rows = Prefilled(k, k, jnp.zeros((2, 6), int), jnp.zeros(2, int), jnp.int32(0), {Ask(): k[..., 0]})
+    rows = Prefilled(k, k, jnp.zeros((2, 1, 6), int), jnp.zeros(2, int), jnp.int32(0), {Ask(): k[..., 0]})
     assert sharding.shardings(rows, sharding.mesh(2, 4)).evidence_BKS[Ask()].spec == P("data", "model", None)
 
 

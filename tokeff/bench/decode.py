@@ -47,7 +47,7 @@ def rows_of(m: Model, policy: Policy, n: int, seed: int = 0) -> tuple[Prefilled,
     evidence = {
         ask: jax.tree.map(lambda x: jnp.asarray(rng.random(x.shape), jnp.float32), ask.like(1, n, cfg)) for ask in policy.needs()
     }
-    order = jnp.arange(n, dtype=jnp.int32)[None]
+    order = jnp.arange(n, dtype=jnp.int32)[None, None]
     return tuple(Prefilled(rows(), rows(), order, jnp.array([n], jnp.int32), jnp.int32(i), evidence) for i in range(cfg.L))
 
 
@@ -58,7 +58,8 @@ class Loop:
     """
 
     def __init__(self, m: Model, policy: Policy, context: int, steps: int, drafter: Drafter | None = None):
-        setup, n = Setup(policy, None, drafter or Plain()), context - steps - 1
+        policy, n = policy.fit(m), context - steps - 1
+        setup = Setup(policy, None, drafter or Plain())
         policy.check(m.cfg, n)
         self.layers = pack(policy, rows_of(m, policy, n), setup.room(steps + 1), m.cfg)
         length = jnp.array([n], jnp.int32)

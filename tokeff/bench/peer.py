@@ -98,15 +98,15 @@ class Peer:
 
 
 @contextmanager
-def peer(m: Model, wanted: bool = True):
-    """A Peer on this model's weights and as many threads as this process may use; None where there is no such thing."""
+def peer(m: Model, wanted: bool = True, script: Path = SCRIPT):
+    """A Peer that runs `script` on this model's weights and as many threads as this process may use; None where there is no such thing."""
     python = peers_python()
     if not wanted or python is None or jax.default_backend() != "cpu" or not is_llama(m):
         yield None
         return
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     with tempfile.TemporaryDirectory(prefix="tokeff-peer-") as folder:
-        command = [str(python), str(SCRIPT), str(export(m, Path(folder))), str(threads)]
+        command = [str(python), str(script), str(export(m, Path(folder))), str(threads)]
         env = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
         env.pop("PYTHONPATH", None)
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)

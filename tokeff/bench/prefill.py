@@ -46,7 +46,7 @@ def parts(m: Model, context: int) -> dict[str, Timer]:
     hi = jnp.arange(context, dtype=jnp.int32)[None]
     lo, weight = jnp.zeros_like(hi), jnp.ones(hi.shape, jnp.float32)
     stored = jnp.broadcast_to(hi[:, None], (1, cfg.K, context))
-    attend = jax.jit(lambda q, k, v: flash(q, k, v, lo, hi, hi, scale=cfg.scale, softcap=cfg.softcap, first=0))
+    attend = jax.jit(lambda q, k, v: flash(q, k, v, lo, hi, hi[:, None], scale=cfg.scale, softcap=cfg.softcap, first=0))
     lse = attend(q, k, v)[1]
     mass = jax.jit(lambda q, k, lse: column_mass(q, k, lse, stored, lo, hi, weight, scale=cfg.scale, softcap=cfg.softcap))
     return {"attention": common.timed(attend, q, k, v), "mass": common.timed(mass, q, k, lse)}

@@ -26,6 +26,7 @@ def evaluate(
     *,
     cut: Pass | None = None,
     prefill: Pattern | None = None,
+    bounded: int | None = None,
     task: str = "multi_question",
     length: int = 2048,
     n: int = 4,
@@ -39,8 +40,9 @@ def evaluate(
     """
     if n < 1:
         raise UserError(f"n={n} texts measure nothing; give at least 1")
-    setup, full = Setup(Full() if kv is None else kv, cut, prefill=prefill), Setup()
+    setup, full = Setup(Full() if kv is None else kv, cut, prefill=prefill, bounded=bounded), Setup()
     setup.check(m, [length], tasks.HELD_OUT)
+    setup = setup.fit(m)
     mine, base = [], []
     for i in range(n):
         reader = Reader(m, encode_example(m, tasks.make(task, seed + i, length, encoder(m.tok))))

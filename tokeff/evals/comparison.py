@@ -18,6 +18,8 @@ from tokeff.evals.fidelity import Encoded, Quality, Reader, encode_example
 from tokeff.evals.stats import better_than, mean
 from tokeff.experiment import Experiment, Row
 from tokeff.generation import Setup
+from tokeff.kv.bounded import check_bounded
+from tokeff.kv.budget import AtLeast
 from tokeff.kv.policy import Full, Policy
 from tokeff.kv.prefill import Prompt
 from tokeff.listing import find
@@ -39,16 +41,17 @@ class Line(Row):
     cut: Pass | None = None
     decode: Drafter = field(default_factory=Plain)
     prefill: Pattern | None = None
+    bounded: int | None = None
 
     @property
     def setup(self) -> Setup:
-        return Setup(self.kv, self.cut, self.decode, prefill=self.prefill)
+        return Setup(self.kv, self.cut, self.decode, prefill=self.prefill, bounded=self.bounded)
 
 
-def line(method: str, **settings: Any) -> Line:
-    """The listed method with these settings, alone."""
+def line(method: str, setting: str = "scaled", **settings: Any) -> Line:
+    """The listed method alone, under its 'scaled' or its 'paper' settings, with these instead of some of them."""
     found = find(method)
-    return Line(method, **{found.part: found.build(**settings)})
+    return Line(method, **{found.part: found.build(**(found.settings(setting) | settings))})
 
 
 class Bench:
@@ -57,7 +60,7 @@ class Bench:
     def __init__(self, experiment: Comparison, m: Model):
         self.experiment, self.m = experiment, m
         self.readers: dict[int, Reader] = {}
-        self.qualities: dict[tuple[int, Policy, Any, Any], Quality] = {}
+        self.qualities: dict[Any, Quality] = {}
         self.greedy: dict[int, list[int]] = {}
 
     def reader(self, length: int) -> Reader:
@@ -68,9 +71,10 @@ class Bench:
 
     def quality(self, length: int, setup: Setup) -> Quality:
         """Drafters do not change what is generated, so combinations that differ in them only share this."""
-        key = (length, setup.kv, setup.cut, setup.prefill)
+        key = (length, setup.kv, setup.cut, setup.prefill, setup.bounded)
         if key not in self.qualities:
-            self.qualities[key] = self.reader(length).quality(Setup(setup.kv, setup.cut, prefill=setup.prefill))
+            alone = Setup(setup.kv, setup.cut, prefill=setup.prefill, bounded=setup.bounded)
+            self.qualities[key] = self.reader(length).quality(alone.fit(self.m))
         return self.qualities[key]
 
 
@@ -99,6 +103,7 @@ class Comparison(Experiment):
                 if row.prefill is not None:
                     row.prefill.check(_Shape, length)
                 row.setup.check_evidence()
+                check_bounded(row.bounded, row.kv, row.cut, row.prefill)
         if BASE not in {row.method for row in self.rows}:
             raise UserError(f"a comparison needs the row {BASE!r} to compare with; add line({BASE!r})")
 
@@ -139,7 +144,7 @@ class _Shape:
 
 def speed(bench: Bench, row: Line, length: int, new: int, pictures: bool) -> dict[str, Any]:
     """Bytes, seconds and kept tokens of one row."""
-    m, setup, reader = bench.m, row.setup, bench.reader(length)
+    m, setup, reader = bench.m, row.setup.fit(bench.m), bench.reader(length)
     listed = find(row.method)
     prompt, prefill_s = timed_prefill(reader, setup)
     ratios, timing, layers = cost(m, prompt, setup, new)
@@ -172,15 +177,16 @@ def timed_prefill(reader: Reader, setup: Setup) -> tuple[Prompt, float]:
     prompt, key = reader.context(setup), (setup.kv.needs(), setup.cut, setup.prefill)
     if key not in reader.seconds:
         start = time.perf_counter()
-        jax.block_until_ready(reader.whole(reader.text.context, setup))
+        jax.block_until_ready(reader.whole([reader.text.context], setup))
         reader.seconds[key] = time.perf_counter() - start
     return prompt, reader.seconds[key]
 
 
 def budget_of(row: Line) -> float | None:
     for part in (row.cut, row.kv, getattr(row.kv, "rule", None)):
-        if getattr(part, "budget", None) is not None:
-            return float(part.budget)  # type: ignore[union-attr]
+        budget = getattr(part, "budget", None)
+        if budget is not None:
+            return float(budget.share if isinstance(budget, AtLeast) else budget)
     return None
 
 

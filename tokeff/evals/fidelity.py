@@ -6,6 +6,7 @@ an answer is exact when every arg-max is right, which is when greedy decoding wo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,8 @@ import numpy as np
 from tokeff.data.haystack import encoder
 from tokeff.data.tasks import Example
 from tokeff.generation import Setup, pad
+from tokeff.kv.bounded import prefill_bounded
+from tokeff.kv.evidence import Evidence
 from tokeff.kv.extend import extend, pack
 from tokeff.kv.prefill import Prompt, prefill
 from tokeff.models.load import Model
@@ -77,60 +80,124 @@ def _kl(p_TV, q_TV):
 
 
 class Reader:
-    """Prefills of one context, shared by every combination that can share them."""
+    """Prefills of one or several contexts of equal length, read as a batch and shared by every combination that can share them.
 
-    def __init__(self, m: Model, text: Encoded):
-        self.m, self.text = m, text
+    evidence: gathered by every prefill that does not need others, so that policies which want different evidence share one.
+    """
+
+    def __init__(self, m: Model, *texts: Encoded, evidence: Sequence[Evidence] = ()):
+        self.m, self.texts = m, texts
+        self.evidence = tuple(kind for kind in evidence if type(kind).revisit is Evidence.revisit)
         self.seconds: dict[Any, float] = {}
         self._contexts: dict[Any, Prompt] = {}
+        self._questions: dict[int, Prompt] = {}
+        self._own: tuple[Any, dict[int, Prompt]] = (None, {})
+
+    @property
+    def text(self) -> Encoded:
+        """The only one, or the first."""
+        return self.texts[0]
+
+    def needs(self, setup: Setup) -> tuple[Evidence, ...]:
+        own = tuple(setup.kv.needs())
+        return self.evidence if set(own) <= set(self.evidence) else own
+
+    def _key(self, setup: Setup) -> Any:
+        """What a prefill depends on."""
+        return setup.kv if setup.bounded else self.needs(setup), setup.cut, setup.prefill, setup.bounded
 
     def context(self, setup: Setup) -> Prompt:
-        """The context alone, prefilled with the evidence this policy needs and the pass it goes through."""
-        key = (setup.kv.needs(), setup.cut, setup.prefill)
+        """The contexts alone, prefilled with the evidence this policy needs and the pass they go through."""
+        key = self._key(setup)
         if key not in self._contexts:
-            self._contexts[key] = self.whole(self.text.context, setup)
+            self._contexts[key] = self.whole([text.context for text in self.texts], setup)
         return self._contexts[key]
 
     def question(self, setup: Setup, i: int) -> Prompt:
-        """The context and question `i`; continues the shared prefill unless a pass must rank the whole prompt."""
+        """The contexts, each with its question `i`; continues the shared prefill unless a pass must rank the whole prompt."""
         if setup.cut is not None:
-            return self.whole(self.text.context + self.text.questions[i], setup)
-        before = self.context(setup)
-        T = max(map(len, self.text.questions))
-        tokens, length = pad([self.text.questions[i]], T)
-        return self._prefill(tokens, length, setup, after=before)
+            return self.whole([text.context + text.questions[i] for text in self.texts], setup)
+        shared = bool(self.evidence) and setup.prefill is None and not setup.bounded and self.needs(setup) == self.evidence
+        found = self._questions
+        if not shared:  # of these only the latest kind stays, for the next budget of the same method
+            key = self._key(setup)
+            if self._own[0] != key:
+                self._own = key, {}
+            found = self._own[1]
+        if i not in found:
+            found[i] = self._asked(setup, i)
+        return found[i]
 
-    def whole(self, ids, setup: Setup) -> Prompt:
-        tokens, length = pad([ids])
+    def _asked(self, setup: Setup, i: int) -> Prompt:
+        T = max(len(question) for text in self.texts for question in text.questions)
+        tokens, length = pad([text.questions[i] for text in self.texts], T)
+        return self._prefill(tokens, length, setup, after=self.context(setup))
+
+    def whole(self, ids: Sequence[tuple[int, ...]], setup: Setup) -> Prompt:
+        tokens, length = pad(ids)
         return self._prefill(tokens, length, setup)
 
     def _prefill(self, tokens, length, setup: Setup, after: Prompt | None = None) -> Prompt:
-        m, asks = self.m, tuple(setup.kv.needs())
+        m, asks = self.m, self.needs(setup)
         with beside(m.params):
+            if setup.bounded and after is None:
+                return prefill_bounded(
+                    m.params, m.cfg, tokens, length, setup.kv, piece=setup.bounded, evidence=asks, dtype=m.precision.cache
+                )
             return prefill(
                 m.params, m.cfg, tokens, length,
                 evidence=asks, cut=setup.cut, dtype=m.precision.cache, after=after, pattern=setup.prefill,
             )  # fmt: skip
 
-    def forced(self, prompt: Prompt, setup: Setup, ids: tuple[int, ...], T: int) -> np.ndarray:
-        """logits_TV that predict each of `ids` in turn, all but the first read from the packed cache; padded to T."""
-        m = self.m
-        tokens, length = pad([ids[:-1]], T)
-        with beside(m.params):
-            layers = pack(setup.kv, prompt.layers, setup.room(T), m.cfg)
-            logits, _ = extend(m.params, m.cfg, layers, tokens, prompt.next_B, length, setup.kv)
-        return np.concatenate([np.asarray(prompt.logits_BV), np.asarray(logits[0, : len(ids) - 1])])
+    def forced(self, prompt: Prompt, setup: Setup, ids: Sequence[tuple[int, ...]], T: int) -> list[np.ndarray]:
+        """Of each text the logits_TV that predict each of its `ids` in turn, all but the first read from the packed cache; padded to T."""
+        with beside(self.m.params):
+            layers = pack(setup.kv, prompt.layers, setup.room(T), self.m.cfg)
+            logits = np.asarray(self._extend(layers, prompt, setup, [row[:-1] for row in ids], T))
+        first = np.asarray(prompt.logits_BV)
+        return [np.concatenate([first[b : b + 1], logits[b, : len(row) - 1]]) for b, row in enumerate(ids)]
+
+    def _extend(self, layers, prompt: Prompt, setup: Setup, ids: Sequence[tuple[int, ...]], T: int):
+        tokens, length = pad(ids, T)
+        return extend(self.m.params, self.m.cfg, layers, tokens, prompt.next_B, length, setup.kv)[0]
+
+    def qualities(self, setup: Setup) -> list[Quality]:
+        """Every question, each known when its context is compressed, and the held-out text, of each text under one combination."""
+        T, asked = max((len(answer) for text in self.texts for answer in text.answers), default=0), []
+        for i in range(len(self.text.answers)):
+            answers = [text.answers[i] for text in self.texts]
+            asked.append([given(x, a) for x, a in zip(self.forced(self.question(setup, i), setup, answers, T), answers, strict=True)])
+        ends = [text.held_out for text in self.texts]
+        held = self.forced(self.context(setup), setup, ends, max(map(len, ends)))
+        found = list(zip(*asked, strict=True)) if asked else [()] * len(self.texts)
+        return [
+            Quality(np.asarray([x[0] for x in of]), np.asarray([x[1] for x in of]), _nll(logits, ids), logits)
+            for of, logits, ids in zip(found, held, ends, strict=True)
+        ]
 
     def quality(self, setup: Setup) -> Quality:
-        """Every question and the held-out text under one combination."""
-        exact, logprob = [], []
-        T = max(map(len, self.text.answers), default=0)
-        for i, answer in enumerate(self.text.answers):
-            logits = self.forced(self.question(setup, i), setup, answer, T)
-            exact.append(float((logits.argmax(-1) == np.asarray(answer)).all()))
-            logprob.append(-_nll(logits, answer).sum())
-        held = self.forced(self.context(setup), setup, self.text.held_out, len(self.text.held_out))
-        return Quality(np.asarray(exact), np.asarray(logprob), _nll(held, self.text.held_out), held)
+        """`qualities` of the only text."""
+        (found,) = self.qualities(setup)
+        return found
+
+    def later(self, setup: Setup) -> list[list[tuple[float, float]]]:
+        """Of each text (exact, log-probability) of every answer when the context was compressed before any question was known, and
+        each question is asked of it anew."""
+        prompt, found = self.context(setup), []
+        T = max(len(q) + len(a) for text in self.texts for q, a in zip(text.questions, text.answers, strict=True))
+        with beside(self.m.params):
+            layers = pack(setup.kv, prompt.layers, setup.room(T), self.m.cfg)
+            for i in range(len(self.text.answers)):
+                rows = [(*text.questions[i], *text.answers[i][:-1]) for text in self.texts]
+                logits = np.asarray(self._extend(layers, prompt, setup, rows, T))
+                starts = [len(text.questions[i]) - 1 for text in self.texts]
+                found.append([given(logits[b, a : len(rows[b])], self.texts[b].answers[i]) for b, a in enumerate(starts)])
+        return [list(of) for of in zip(*found, strict=True)]
+
+
+def given(logits_TV: np.ndarray, ids: tuple[int, ...]) -> tuple[float, float]:
+    """(1 if every arg-max is right, log-probability in nats) of an answer."""
+    return float((logits_TV.argmax(-1) == np.asarray(ids)).all()), float(-_nll(logits_TV, ids).sum())
 
 
 def _nll(logits_TV: np.ndarray, ids: tuple[int, ...]) -> np.ndarray:

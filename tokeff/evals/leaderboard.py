@@ -1,4 +1,4 @@
-"""Many methods at several budgets on several texts: one measurement a (method, budget, text), averaged for the table.
+"""Many methods at several budgets on several texts: one measurement a (method, budget, batch of texts), averaged for the table.
 
 Texts are prefilled once for all methods that can share a prefill. What is measured is quality and bytes; seconds are
 `tokeff bench`'s and `Comparison`'s, because a leaderboard runs for hours on a machine that does other things.
@@ -7,7 +7,7 @@ Texts are prefilled once for all methods that can share a prefill. What is measu
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from tokeff.data.haystack import encoder
 from tokeff.errors import UserError
 from tokeff.evals.comparison import BASE, CHANCE, Line, budget_of, compile_cache, line
 from tokeff.evals.cost import dense_bytes, read_bytes
-from tokeff.evals.fidelity import Quality, Reader, encode_example
+from tokeff.evals.fidelity import Encoded, Quality, Reader, encode_example
 from tokeff.evals.stats import Interval, bootstrap_mean, mean, paired_difference
 from tokeff.experiment import Experiment
 from tokeff.generation import Setup
@@ -26,29 +26,43 @@ from tokeff.kv.extend import pack
 from tokeff.kv.policy import tree_bytes
 from tokeff.listing import Method, find
 from tokeff.models.load import Model, load
-from tokeff.report.figures import Figure, Scatter
+from tokeff.report.figures import Curves, Figure
 
 
 def entries(methods: Sequence[Method], budgets: Sequence[float]) -> tuple[Line, ...]:
     """Every budgeted method at every budget, every other one once, each at its default settings otherwise."""
-    settings = [(m.name, {"budget": b}) for m in methods for b in (budgets if m.budgeted_by else budgets[:1])]
-    unbudgeted = {m.name for m in methods if not m.budgeted_by}
-    return tuple(line(name, **({} if name in unbudgeted else given)) for name, given in settings)
+    given: list[tuple[Method, dict[str, Any]]] = [
+        (m, {"budget": b} if m.budgeted_by else {}) for m in methods for b in (budgets if m.budgeted_by else budgets[:1])
+    ]
+    return tuple(line(m.name, **settings) for m, settings in given)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """`n` texts of one task and length, read together; `seed` is the first."""
+
+    task: str
+    length: int
+    n: int = 4
+    seed: int = 0
+    ahead: int = 64
+    """Tokens of the text's continuation on which loss and divergence are measured."""
 
 
 @dataclass(frozen=True)
 class Leaderboard(Experiment):
-    """Every row on `texts` texts of `task` at each length, all against the full cache on the same text."""
+    """Every row on every batch of texts, all against the full cache on the same texts. One measurement is a row on a batch.
+
+    Rows may be added later: what was measured with the same settings stays.
+    """
 
     rows: tuple[Line, ...]  # type: ignore[assignment]
     model: str = "smollm2-135m"
     """A preset, a folder, a repo id or a .gguf file."""
-    task: str = "multi_question"
-    """The synthetic task whose texts and questions are used."""
-    texts: tuple[tuple[int, int], ...] = ((2048, 12), (4096, 4))
-    """(length in tokens, number of texts)."""
-    seed: int = 0
-    """The first text."""
+    batches: tuple[Batch, ...] = (Batch("multi_question", 2048),)
+    """What is read."""
+    own: tuple[float, ...] = (0.25,)
+    """Budgets of rows with a prefill of their own, which cannot share the dense one."""
 
     def check(self) -> None:
         for row in self.rows:
@@ -56,10 +70,19 @@ class Leaderboard(Experiment):
         if BASE not in {row.method for row in self.rows}:
             raise UserError(f"a leaderboard needs the row {BASE!r} to compare with; add line({BASE!r})")
 
+    def identity(self) -> Leaderboard:
+        return replace(self, rows=())
+
+    def stands(self, measured: dict[str, Any]) -> bool:
+        return any(measured.get("settings") == repr(row) for row in self.rows)
+
     def keys(self) -> list[str]:
-        """Text by text, so that an interrupted run has whole texts and every text is prefilled once."""
-        places = [(length, i) for length, n in self.texts for i in range(n)]
-        return [f"{name_of(row)}/{length}/{i}" for length, i in places for row in self.rows]
+        """Batch by batch, so that an interrupted run has whole batches and every text is prefilled once."""
+        return [f"{name_of(row)}/{i}" for i in range(len(self.batches)) for row in self.rows if self.affords(row)]
+
+    def affords(self, row: Line) -> bool:
+        """Whether a row is measured: those with a prefill of their own are at some budgets only."""
+        return row.cut is None or budget_of(row) in (None, *self.own)
 
     def prepare(self) -> Shelf:
         compile_cache()
@@ -67,9 +90,10 @@ class Leaderboard(Experiment):
 
     def measure(self, context: Shelf, key: str) -> dict[str, Any]:
         forget_programs()
-        name, length, i = key.rsplit("/", 2)
-        row = next(r for r in self.rows if name_of(r) == name)
-        return context.at(int(length), int(i)).figures(row) | {"context": int(length), "text": int(i)}
+        name, i = key.rsplit("/", 1)
+        row, batch = next(r for r in self.rows if name_of(r) == name), self.batches[int(i)]
+        found = context.at(batch).figures(row)
+        return found | {"task": batch.task, "context": batch.length, "batch": int(i), "settings": repr(row)}
 
     def summary(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """One line a method, budget and length: means over its texts, with intervals over texts."""
@@ -81,8 +105,10 @@ class Leaderboard(Experiment):
 
     def report(self) -> tuple[Figure, ...]:
         return (
-            Scatter("held", "kl", "Distance from the full cache against bytes held", log_y=True),
-            Scatter("read", "kl", "Distance from the full cache against bytes read per step", log_y=True),
+            Curves("held", "kl", "Distance from the full cache against bytes held", log_y=True),
+            Curves("read", "kl", "Distance from the full cache against bytes read per step", log_y=True),
+            Curves("held", "answer_logprob", "Log-likelihood of the right answer against bytes held, question known", high=True),
+            Curves("held", "later_logprob", "The same, question asked after the context was compressed", high=True),
         )
 
 
@@ -93,68 +119,91 @@ def name_of(row: Line) -> str:
 
 @dataclass(eq=False)
 class Shelf:
-    """The model and the text being measured; only one text is held at a time."""
+    """The model and the texts being measured; only one batch is held at a time."""
 
     experiment: Leaderboard
     m: Model
-    place: tuple[int, int] | None = None
-    text: Text | None = None
+    batch: Batch | None = None
+    texts: Texts | None = None
 
-    def at(self, length: int, i: int) -> Text:
-        if self.place != (length, i) or self.text is None:
-            example = tasks.make(self.experiment.task, self.experiment.seed + i, length, encoder(self.m.tok))
-            self.place, self.text = (length, i), Text(self.m, Reader(self.m, encode_example(self.m, example)))
-        return self.text
+    def at(self, batch: Batch) -> Texts:
+        if self.batch != batch or self.texts is None:
+            self.texts = None  # its prefills go before the next ones come
+            made = [tasks.make(batch.task, batch.seed + i, batch.length, encoder(self.m.tok)) for i in range(batch.n)]
+            wanted = tuple(dict.fromkeys(kind for row in self.experiment.rows for kind in row.kv.needs() if row.setup == Setup(row.kv)))
+            reader = Reader(self.m, *(ahead(encode_example(self.m, example), batch.ahead) for example in made), evidence=wanted)
+            self.batch, self.texts = batch, Texts(self.m, reader)
+        return self.texts
+
+
+def ahead(text: Encoded, most: int) -> Encoded:
+    """The text with no more than so many tokens held out."""
+    return replace(text, held_out=text.held_out[:most])
 
 
 @dataclass(eq=False)
-class Text:
-    """One text with its shared prefills and what the full cache makes of it."""
+class Texts:
+    """A batch of texts with its shared prefills and what the full cache makes of it."""
 
     m: Model
     reader: Reader
     full: list[Quality] = field(default_factory=list)
 
-    def base(self) -> Quality:
+    def base(self) -> list[Quality]:
         if not self.full:
-            self.full.append(self.reader.quality(Setup()))
-        return self.full[0]
+            self.full = self.reader.qualities(Setup())
+        return self.full
 
     def figures(self, row: Line) -> dict[str, Any]:
-        """Quality and bytes of one row on this text."""
-        setup, listed, base = row.setup, find(row.method), self.base()
-        mine = base if setup == Setup() else self.reader.quality(setup)
+        """Quality and bytes of one row on these texts; what differs by text is a list."""
+        setup, listed, base = row.setup.fit(self.m), find(row.method), self.base()
+        mine = base if setup == Setup() else self.reader.qualities(setup)
+        later = self.reader.later(setup) if setup.cut is None else None
         prompt = self.reader.context(setup)
         layers = pack(setup.kv, prompt.layers, setup.room(len(self.reader.text.held_out)), self.m.cfg)
-        whole = dense_bytes(self.m.cfg, int(prompt.length_B[0]), self.m.precision.cache)
+        whole = dense_bytes(self.m.cfg, int(prompt.length_B.sum()), self.m.precision.cache)
         held, read = tree_bytes(layers) / whole, read_bytes(setup, layers, self.m.cfg) / whole
         if min(held, read) >= 0.99 and (budget_of(row) or 1.0) < 1:
             raise UserError(f"{row.method} held and read everything at a budget of {budget_of(row)}; its settings are inactive here")
         return {
             "method": row.method, "family": listed.family, "lossless": listed.lossless, "budgeted_by": listed.budgeted_by,
-            "budget": budget_of(row), "held": held, "read": read, "needles_exact": int(mine.exact.sum()), "n": len(mine.exact),
-            "full_exact": int(base.exact.sum()), "answer_logprob": float(mine.logprob.mean()), "loss": float(mine.nll.mean()),
-            "kl": float(mine.kl(base).mean()), "top1_agree": float(mine.top1(base).mean()),
+            "budget": budget_of(row), "held": held, "read": read, "exact": [int(q.exact.sum()) for q in mine],
+            "full_exact": [int(q.exact.sum()) for q in base], "asked": [len(q.exact) for q in mine],
+            "answer_logprob": [float(q.logprob.mean()) if len(q.logprob) else None for q in mine],
+            "later_exact": [int(sum(e for e, _ in of)) for of in later] if later else None,
+            "later_logprob": [float(np.mean([p for _, p in of])) if of else None for of in later] if later else None,
+            "loss": [float(q.nll.mean()) for q in mine],
+            "kl": [float(q.kl(b).mean()) for q, b in zip(mine, base, strict=True)],
+            "top1_agree": [float(q.top1(b).mean()) for q, b in zip(mine, base, strict=True)],
         }  # fmt: skip
 
 
 def averaged(rows: list[dict[str, Any]], chance: list[dict[str, Any]] | None) -> dict[str, Any]:
-    """The rows of one method, budget and length as one."""
+    """The batches of one method, budget and length as one line."""
     keep = ("method", "family", "lossless", "budgeted_by", "budget", "context", "measured_at", "commit")
     found = {name: rows[0][name] for name in keep if name in rows[0]}
-    found |= {name: sum(row[name] for row in rows) for name in ("needles_exact", "n", "full_exact")}
-    found |= {name: float(np.mean([row[name] for row in rows])) for name in ("held", "read", "top1_agree")}
+    found |= {name: float(np.mean([row[name] for row in rows])) for name in ("held", "read")}
     found["measured_s"] = sum(row.get("measured_s") or 0 for row in rows)
+    found |= {"needles_exact": sum(flat(rows, "exact")), "n": sum(flat(rows, "asked")), "full_exact": sum(flat(rows, "full_exact"))}
+    if all(row.get("later_exact") is not None for row in rows):
+        found |= {"later_exact": sum(flat(rows, "later_exact")), "later_logprob": float(np.mean(flat(rows, "later_logprob")))}
+    found["top1_agree"] = float(np.mean(flat(rows, "top1_agree")))
     for name in ("kl", "loss", "answer_logprob"):
-        value = over_texts([row[name] for row in rows])
+        value = over_texts(flat(rows, name))
         found |= {name: value.value}
         if value.n > 1:
             found |= {f"{name}_lo": value.low, f"{name}_hi": value.high, f"{name}_n": value.n}
-    pairs = {row["text"]: row["kl"] for row in chance or ()}
-    both = [(row["kl"], pairs[row["text"]]) for row in rows if row["text"] in pairs]
-    if len(both) > 1 and rows[0]["family"] != "baseline":
-        found["beats_random"] = paired_difference([mine for mine, _ in both], [theirs for _, theirs in both]).high < 0
+    if rows[0]["family"] != "baseline" and chance:
+        theirs = {(row["batch"], b): kl for row in chance for b, kl in enumerate(row["kl"])}
+        both = [(kl, theirs[row["batch"], b]) for row in rows for b, kl in enumerate(row["kl"]) if (row["batch"], b) in theirs]
+        if len(both) > 1:
+            found["beats_random"] = paired_difference([mine for mine, _ in both], [theirs for _, theirs in both]).high < 0
     return found
+
+
+def flat(rows: list[dict[str, Any]], name: str) -> list[Any]:
+    """One figure of every text of these batches; texts without it (no question asked) are left out."""
+    return [x for row in rows for x in row[name] if x is not None]
 
 
 def over_texts(values: list[float]) -> Interval:

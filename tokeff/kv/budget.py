@@ -1,4 +1,7 @@
-"""How many rows: budgets as a fraction or a number of rows, and their division among the heads of a layer."""
+"""How many rows: budgets as a fraction or a number of rows, and their division among the heads of a layer.
+
+A share of n rows is ceil(share * n) rows, and at least one.
+"""
 
 from __future__ import annotations
 
@@ -11,24 +14,40 @@ import jax.numpy as jnp
 from tokeff.errors import UserError
 from tokeff.sharding import top_k
 
-Budget = float | int
+
+@dataclass(frozen=True)
+class AtLeast:
+    """The larger of a share of the rows and a number of rows, as in a published max(4000, n / 5)."""
+
+    share: float
+    rows: int
+
+
+Budget = float | int | AtLeast
 
 
 def check_budget(budget: Budget, length: int) -> None:
     """Refuse what keeps nothing or more than there is."""
-    if isinstance(budget, float) and not 0 < budget <= 1:
+    if isinstance(budget, AtLeast):
+        check_budget(budget.share, length)
+        check_budget(budget.rows, length)
+    elif isinstance(budget, float) and not 0 < budget <= 1:
         raise UserError(f"budget {budget} is not a share of the context; give a fraction in (0, 1] or a number of rows")
-    if not isinstance(budget, float) and not 0 < budget <= length:
+    elif not isinstance(budget, float) and not 0 < budget <= length:
         raise UserError(f"budget {budget} rows does not fit a context of {length}; give 1 to {length}")
 
 
 def most_rows(budget: Budget, S: int) -> int:
     """The static number of rows per head that the budget can reach with prompts of at most S tokens."""
+    if isinstance(budget, AtLeast):
+        return max(most_rows(budget.share, S), min(budget.rows, S))
     return max(1, math.ceil(budget * S - 1e-9)) if isinstance(budget, float) else min(budget, S)
 
 
 def rows_of(budget: Budget, length_B: jax.Array) -> jax.Array:
     """rows_B of each sequence, so that a padded batch keeps what single runs keep."""
+    if isinstance(budget, AtLeast):
+        return jnp.maximum(rows_of(budget.share, length_B), rows_of(budget.rows, length_B))
     if isinstance(budget, float):
         return jnp.maximum(jnp.ceil(budget * length_B - 1e-4).astype(jnp.int32), 1)
     return jnp.minimum(budget, length_B)

@@ -89,6 +89,9 @@ class Fold(Policy):
         tail = tail_of(kept, coded_B, min(self.window, C + room.rows), room.draft)
         return Coded(prompt, later, jnp.zeros_like(kept.live_B), tail)
 
+    def squeeze(self, rows: Prefilled, here: Here) -> Prefilled:
+        return self.rule.squeeze(rows, here)
+
     def pages(self, k_BKCH, v_BKCH, order_BKC, most: int, *, prompt: bool) -> Pages:
         """Pages for as many of `most` rows as ever fill windows; rows whose order is EMPTY are coded as zeros."""
         slots = most // self.window * self.window

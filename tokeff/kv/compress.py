@@ -55,7 +55,7 @@ class HeadMass(Evidence):
     def gather(self, seen: Seen, before, here: Here) -> jax.Array:
         own, row = np.array(self.of(here.layer)), seen.ask.order_BT
         k = seen.k_BKSH[:, own // (here.cfg.N // here.cfg.K)]
-        stored = jnp.broadcast_to(seen.order_BS[:, None], k.shape[:3])
+        stored = jnp.broadcast_to(seen.order_BKS, seen.k_BKSH.shape[:3])[:, own // (here.cfg.N // here.cfg.K)]
         weight = Ask(last=self.last).weight(row, seen.length_B)
         mass = column_mass(
             seen.q_BTNH[:, :, own], k, seen.lse_BTN[:, :, own], stored, here.lo(row), row, weight,
@@ -122,7 +122,7 @@ class SpanMass(Evidence):
     def gather(self, seen: Seen, before, here: Here) -> jax.Array:
         asks = Ask(last=self.last).weight(seen.ask.order_BT, seen.length_B)[:, -self.last :]
         q, place = seen.q_BTNH[:, -self.last :], seen.ask.order_BT[:, -self.last :, None]
-        order = seen.order_BS[:, None]
+        order = seen.order_BKS[:, 0][:, None]
         visible = (order != EMPTY) & (order >= here.lo(place)) & (order <= place)
         p, _ = softmax(scores(q, seen.k_BKSH, here.cfg.scale, here.cfg.softcap), visible[:, None, None])
         inside = (order >= self.start) & (order < self.stop)
@@ -164,7 +164,7 @@ class Compare(Policy):
         return self.rule.role(layer)
 
     def pack_layer(self, rows: Prefilled, room: Room, here: Here) -> Compared:
-        zero = jnp.zeros(rows.order_BS.shape[0])
+        zero = jnp.zeros(rows.order_BKS.shape[0])
         return Compared(Full().pack_layer(rows, room, here), self.rule.pack_layer(rows, room, here), zero, zero)
 
     def attend(self, q, k, v, ask: Flow, new: Flow, layer: Compared, accepted: Accepted | None, across, here: Here):

@@ -97,12 +97,12 @@ class MiniCache(Policy):
     def pack(self, layers: tuple[Prefilled, ...], room: Room, cfg) -> tuple[Any, ...]:
         out = [self.rest.pack_layer(rows, room, Here(i, cfg)) for i, rows in enumerate(layers)]
         for i in self.lower(cfg.L):
-            if layers[i].order_BS.shape == layers[i + 1].order_BS.shape:  # a pass may have dropped rows between the two
+            if layers[i].order_BKS.shape == layers[i + 1].order_BKS.shape:  # a pass may have dropped rows between the two
                 out[i], out[i + 1] = self.pair(layers[i], layers[i + 1], room)
         return tuple(out)
 
     def pair(self, below: Prefilled, above: Prefilled, room: Room) -> tuple[Half, Half]:
-        (B, K, S, _), order, R = below.k_BKSH.shape, below.order_BS, self.page
+        (B, K, S, _), order, R = below.k_BKSH.shape, below.order_BKS[:, 0], self.page
         units = [[unit(rows.k_BKSH), unit(rows.v_BKSH)] for rows in (below, above)]
         (key, far_k), (value, far_v) = (slerp(a, b, self.t) for (a, _), (b, _) in zip(*units, strict=True))
         apart = jnp.where(order == EMPTY, -1.0, (far_k + far_v).mean(axis=1))
@@ -171,7 +171,7 @@ def whole_rows(rows: Prefilled, index_BX: jax.Array, room: Room) -> Rows:
     """The named rows of every head (index S = none) in the first slots of a store with space for those to come."""
     (B, K, S, _), X = rows.k_BKSH.shape, index_BX.shape[1]
     C = whole_tiles(X + room.rows)
-    order = jnp.take_along_axis(pad_slots(rows.order_BS, S + 1, 1, EMPTY), index_BX, axis=1)
+    order = jnp.take_along_axis(pad_slots(rows.order_BKS[:, 0], S + 1, 1, EMPTY), index_BX, axis=1)
     at = jnp.broadcast_to(index_BX[:, None], (B, K, X))
     k, v = (pad_slots(jnp.where((order != EMPTY)[:, None, :, None], take_rows(x, at), 0), C, 2) for x in (rows.k_BKSH, rows.v_BKSH))
     order_BKC = jnp.broadcast_to(pad_slots(order, C, 1, EMPTY)[:, None], (B, K, C))

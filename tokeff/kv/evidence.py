@@ -24,8 +24,9 @@ class Seen(struct.PyTreeNode):
     lse_BTN: jax.Array
     ask: Flow
     k_BKSH: jax.Array
-    order_BS: jax.Array
+    order_BKS: jax.Array
     length_B: jax.Array  # of the whole prompt
+    id_BT: jax.Array | None = None  # the tokens of the rows that this call added
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ class Ask(Evidence):
             _, at = top_k(row, self.last, "BT")
             q, lse = (jnp.take_along_axis(x, at.reshape(*at.shape, *(1,) * (x.ndim - 2)), axis=1) for x in (q, lse))
             weight, row = jnp.take_along_axis(weight, at, axis=1), jnp.take_along_axis(row, at, axis=1)
-        stored = jnp.broadcast_to(seen.order_BS[:, None], seen.k_BKSH.shape[:3])
+        stored = jnp.broadcast_to(seen.order_BKS, seen.k_BKSH.shape[:3])
         mass = column_mass(q, seen.k_BKSH, lse, stored, here.lo(row), row, weight, scale=here.cfg.scale, softcap=here.cfg.softcap)
         return mass if before is None else mass.at[..., : before.shape[-1]].add(before)
 

@@ -12,7 +12,7 @@ from tokeff.kv.policy import Policy, Prefilled
 from tokeff.kv.prefill import alike, run_layers
 from tokeff.models.config import Config, Params
 from tokeff.models.flow import EMPTY, Here
-from tokeff.models.transformer import embed, stack, unembed
+from tokeff.models.transformer import block, embed, unembed
 
 
 @partial(jax.jit, static_argnames=("policy", "room", "here"))
@@ -29,10 +29,12 @@ def pack(policy: Policy, layers: tuple[Prefilled, ...], room: Room, cfg: Config)
     """The policy's cache from a dense prefill: layer by layer where the policy decides so, else as a whole under one jit."""
     policy = policy.plan(layers, cfg)
     if type(policy).pack is not Policy.pack:
-        return _pack_all(layers, policy=policy, room=room, cfg=cfg)
-    return tuple(
-        _pack_one(rows, policy=policy, room=room, here=Here(alike(policy, None, cfg, i), cfg))
-        for i, rows in enumerate(layers)
+        return policy.place(_pack_all(layers, policy=policy, room=room, cfg=cfg))
+    return policy.place(
+        tuple(
+            _pack_one(rows, policy=policy, room=room, here=Here(alike(policy, None, cfg, i), cfg))
+            for i, rows in enumerate(layers)
+        )
     )
 
 
@@ -58,15 +60,22 @@ def _logits(params, x_BTD, *, cfg):
 
 
 def _one_by_one(params, layers, tokens_BT, order_BT, *, cfg, policy):
-    """One compiled step, whatever the number of tokens; the caller's cache is copied once and then updated in place."""
-    layers, logits = jax.tree.map(jnp.copy, layers), []
+    """One compiled layer, whatever the number of tokens and layers; the caller's cache is copied once and then updated in place."""
+    layers, logits = list(jax.tree.map(jnp.copy, layers)), []
     for t in range(tokens_BT.shape[1]):
-        row, layers = _one_token(params, layers, tokens_BT[:, t : t + 1], order_BT[:, t : t + 1], cfg=cfg, policy=policy)
-        logits.append(row)
-    return jnp.stack(logits, axis=1), layers
+        flow, across = _embed(params, tokens_BT[:, t : t + 1], order_BT[:, t : t + 1], cfg=cfg), None
+        for i, layer in enumerate(layers):
+            here = Here(alike(policy, None, cfg, i), cfg)
+            flow, layers[i], across = _one_layer(params.blocks[i], flow, layer, across, policy=policy, here=here)
+        logits.append(_logits(params, flow.x_BTD, cfg=cfg)[:, 0])
+    return jnp.stack(logits, axis=1), tuple(layers)
 
 
-@partial(jax.jit, static_argnames=("cfg", "policy"), donate_argnames="layers")
-def _one_token(params, layers, token_B1, order_B1, *, cfg, policy):
-    flow, layers = stack(params, cfg, embed(params, cfg, token_B1, order_B1), layers, policy=policy)
-    return unembed(params, cfg, flow.x_BTD)[:, 0], layers
+@partial(jax.jit, static_argnames="cfg")
+def _embed(params, token_B1, order_B1, *, cfg):
+    return embed(params, cfg, token_B1, order_B1)
+
+
+@partial(jax.jit, static_argnames=("policy", "here"), donate_argnames="layer")
+def _one_layer(w, flow, layer, across, *, policy, here):
+    return block(w, flow, layer, None, across, policy=policy, cut=None, here=here)

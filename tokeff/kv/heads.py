@@ -67,7 +67,7 @@ class Repetition(Evidence):
         logits = scores(q, seen.k_BKSH, here.cfg.scale, here.cfg.softcap)
         lse = jnp.moveaxis(lse.reshape(B, T, here.cfg.K, -1), 1, 3)[..., None]
         asks = place >= self.period
-        stored, own = seen.order_BS[:, None], place[:, :, None]
+        stored, own = seen.order_BKS[:, 0][:, None], place[:, :, None]
         back = jnp.where((stored != EMPTY) & (stored <= own) & asks[..., None], own - stored, EMPTY)
 
         def mass(hit_BTS):
@@ -110,7 +110,7 @@ def duo_heads(m: Model, ids: Any, share: float = 0.5, places: int = 500, sinks: 
 def far_reach(layer, ask: QueryMoments, places: int, here: Here) -> np.ndarray:
     """(K,) mean cumulative attention of a layer's mean query over its mean key at `places` places."""
     q_NH = layer.evidence_BKS[ask].mean_BNH[0]
-    order = layer.order_BS[0, ask.skip :]
+    order = layer.order_BKS[0, 0, ask.skip :]
     raw = here.rotate(layer.k_BKSH[0, :, ask.skip :].astype(jnp.float32), jnp.maximum(order, 0), inverse=True)
     k_KH = jnp.where((order != EMPTY)[None, :, None], raw, 0).sum(axis=1) / (order != EMPTY).sum()
     at = jnp.arange(places)

@@ -24,14 +24,14 @@ class Keep(Policy):
     """Keep the `budget` best rows of every head.
 
     budget: share of the prompt's rows, or a number of rows. score: what a row is worth. sinks, recent: the first and last rows
-    that are always kept and count towards the budget (`recent` as a float is a share of the budget). evict: 0 keeps what the
+    that are always kept and count towards the budget (a float is a share of the budget, rounded down). evict: 0 keeps what the
     prompt left and appends every generated row; E >= 1 holds the number of rows at the budget by evicting E whenever it is
     reached (E = 1 is the published per-step rule; larger E leaves room for drafts).
     """
 
     budget: Budget
     score: Scorer
-    sinks: int = 0
+    sinks: float | int = 0
     recent: float | int = 0
     evict: int = 0
 
@@ -52,11 +52,10 @@ class Keep(Policy):
         rows = most_rows(self.budget, length)
         if self.evict and not self.score.running:
             raise UserError(f"{type(self.score).__name__} is defined at the end of the prompt; set evict=0")
-        if self.sinks + self.recent_rows(rows) > rows:
-            raise UserError(
-                f"sinks {self.sinks} and recent {self.recent_rows(rows)} exceed a budget of {rows} rows; raise the budget"
-            )
-        if self.evict and self.sinks + self.recent_rows(rows) + self.evict > rows:
+        sinks, recent = self.sink_rows(rows), self.recent_rows(rows)
+        if sinks + recent > rows:
+            raise UserError(f"sinks {sinks} and recent {recent} exceed a budget of {rows} rows; raise the budget")
+        if self.evict and sinks + recent + self.evict > rows:
             raise UserError(f"evict={self.evict} leaves no row of the budget of {rows} to evict; lower evict or recent")
 
     def rows(self, n: Any, here: Here) -> Any:
@@ -65,9 +64,11 @@ class Keep(Policy):
 
     def recent_rows(self, rows):
         """Of a budget of `rows` (a number or one per sequence), how many are the most recent."""
-        if not isinstance(self.recent, float):
-            return self.recent
-        return int(self.recent * rows) if isinstance(rows, int) else (self.recent * rows).astype(jnp.int32)
+        return part_of(self.recent, rows)
+
+    def sink_rows(self, rows):
+        """Of a budget of `rows` (a number or one per sequence), how many are sinks."""
+        return part_of(self.sinks, rows)
 
     def drafts(self, depth: int) -> str | None:
         if self.evict and depth > self.evict:
@@ -79,9 +80,10 @@ class Keep(Policy):
     def guarded(self, rows: Prefilled, here: Here) -> tuple[jax.Array, jax.Array, jax.Array]:
         """(score_BKS with -inf for padding, forced_BKS, keep_B): forced are the sinks and the last rows of each prompt."""
         keep_B = self.rows(rows.count_B, here)
-        exists = (rows.order_BS != EMPTY)[:, None]
-        order, n = rows.order_BS[:, None], rows.length_B[:, None, None]
-        forced = exists & ((order < self.sinks) | (order >= n - jnp.reshape(self.recent_rows(keep_B), (-1, 1, 1))))
+        exists = rows.order_BKS != EMPTY
+        order, n = rows.order_BKS, rows.length_B[:, None, None]
+        first, last = (jnp.reshape(x, (-1, 1, 1)) for x in (self.sink_rows(keep_B), self.recent_rows(keep_B)))
+        forced = exists & ((order < first) | (order >= n - last))
         score = numbers(self.score.first(rows, here).astype(jnp.float32))
         return jnp.where(exists, score, -jnp.inf), jnp.broadcast_to(forced, score.shape), keep_B
 
@@ -91,13 +93,17 @@ class Keep(Policy):
     def choose(self, rows: Prefilled, here: Here) -> jax.Array:
         """index_BKM of the rows kept, ascending; S past their number."""
         score, forced, keep_B = self.guarded(rows, here)
-        return best(jnp.where(forced, jnp.inf, score), keep_B, self.rows(rows.order_BS.shape[1], here))
+        most = min(self.rows(rows.most, here), rows.order_BKS.shape[2])
+        return best(jnp.where(forced, jnp.inf, score), keep_B, most)
+
+    def squeeze(self, rows: Prefilled, here: Here) -> Prefilled:
+        return chosen(rows, self.choose(rows, here))
 
     def store(self, rows: Prefilled, index_BKM: jax.Array, room: Room, here: Here) -> Rows:
         """The chosen rows (index S = none) in the first slots of a new cache."""
-        S, M = rows.order_BS.shape[1], index_BKM.shape[-1]
+        S, M = rows.order_BKS.shape[2], index_BKM.shape[-1]
         C = whole_tiles(M if self.evict else M + room.rows)
-        order = jnp.take_along_axis(pad_slots(rows.order_BS, S + 1, 1, EMPTY)[:, None], index_BKM, axis=2)
+        order = orders_of(rows, index_BKM)
         k = pad_slots(self.stored_keys(rows, index_BKM, order, here), C, 2)
         v = pad_slots(take_rows(rows.v_BKSH, index_BKM), C, 2)
         limit = free = mass = None
@@ -153,7 +159,8 @@ class Keep(Policy):
             order = small.order_BKC
             seen = small.replace(k_BKCH=layer.k_BKCH, v_BKCH=layer.v_BKCH)  # read only; a scorer that ignores them costs nothing
             recent = order > order.max(axis=-1, keepdims=True) - jnp.reshape(self.recent_rows(layer.limit_B), (-1, 1, 1))
-            forced = (order != EMPTY) & ((order < self.sinks) | recent)
+            first = jnp.reshape(self.sink_rows(layer.limit_B), (-1, 1, 1))
+            forced = (order != EMPTY) & ((order < first) | recent)
             return evict(small, jnp.where(forced, jnp.inf, numbers(self.score.later(seen, here))), self.evict, full_B)
 
         small = jax.lax.cond(full_B.any(), do, lambda small: small, small)
@@ -175,6 +182,33 @@ class Keep(Policy):
         layer = self.evict_where(layer, full_B, here)
         out, lse = attend_both(logits[..., W:, :], q, k, v, layer, ask, here)
         return out, hold(layer, k, v, ask.order_BT, q, lse)
+
+
+def orders_of(rows: Prefilled, index_BKM: jax.Array) -> jax.Array:
+    """order_BKM of the chosen rows of each head; EMPTY for index S."""
+    B, K, S, _ = rows.k_BKSH.shape
+    order = jnp.broadcast_to(rows.order_BKS, (B, K, S))
+    return jnp.take_along_axis(pad_slots(order, S + 1, 2, EMPTY), index_BKM, axis=2)
+
+
+def chosen(rows: Prefilled, index_BKM: jax.Array) -> Prefilled:
+    """The prefilled layer with only these rows of each head, in ascending order (index S = none)."""
+    S = rows.order_BKS.shape[2]
+
+    def take(x_BKS):
+        return jnp.take_along_axis(pad_slots(x_BKS, S + 1, 2), index_BKM, axis=2)
+
+    return rows.replace(
+        k_BKSH=take_rows(rows.k_BKSH, index_BKM), v_BKSH=take_rows(rows.v_BKSH, index_BKM), order_BKS=orders_of(rows, index_BKM),
+        evidence_BKS={a: take(x) if a.per_row else x for a, x in rows.evidence_BKS.items()},
+    )  # fmt: skip
+
+
+def part_of(some: float | int, rows):
+    """A number of rows, or a share of `rows` (a number or one per sequence), rounded down."""
+    if not isinstance(some, float):
+        return some
+    return int(some * rows) if isinstance(rows, int) else (some * rows).astype(jnp.int32)
 
 
 def numbers(score: jax.Array) -> jax.Array:

@@ -51,9 +51,9 @@ class MeanRow(Policy):
         return self.rule.role(layer)
 
     def pack_layer(self, rows: Prefilled, room: Room, here: Here) -> Compensated:
-        S, index = rows.order_BS.shape[1], self.rule.choose(rows, here)
+        S, index = rows.order_BKS.shape[2], self.rule.choose(rows, here)
         kept = per_head(lambda i: jnp.zeros(S, bool).at[i].set(True, mode="drop"))(index)
-        gone = (rows.order_BS != EMPTY)[:, None] & ~kept
+        gone = (rows.order_BKS != EMPTY) & ~kept
         n_BK = gone.sum(axis=-1)
 
         def mean(x_BKSH):

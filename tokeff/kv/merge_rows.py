@@ -21,9 +21,9 @@ BLOCK = 256  # rows whose cosines with the kept ones are held at a time
 
 def dropped(rows: Prefilled, index_BKM: jax.Array) -> jax.Array:
     """gone_BKS: the rows of a prompt that are not among the kept ones (index S = none)."""
-    S = rows.order_BS.shape[1]
+    S = rows.order_BKS.shape[2]
     kept = per_head(lambda at: jnp.zeros(S, bool).at[at].set(True, mode="drop"))(index_BKM)
-    return ~kept & (rows.order_BS != EMPTY)[:, None]
+    return ~kept & (rows.order_BKS != EMPTY)
 
 
 def nearest(k_BKSH: jax.Array, kept_BKMH: jax.Array, there_BKM: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -61,7 +61,7 @@ class GlobalLocal(Scorer):
             raise UserError(f"window {self.window} and kernel {self.kernel} must be at least 1")
 
     def first(self, rows: Prefilled, here: Here) -> jax.Array:
-        order, n = rows.order_BS[:, None], rows.length_B[:, None, None]
+        order, n = rows.order_BKS, rows.length_B[:, None, None]
         outside = (order != EMPTY) & (order < n - self.window)
         everyone, last = (rows.evidence_BKS[ask] for ask in self.needs())
         parts = [jnp.where(outside, x, 0.0) for x in (everyone / jnp.maximum(n - order, 1), last)]
@@ -109,6 +109,10 @@ class Merged(Keep):
         layer = layer.replace(k_BKCH=merged(layer.k_BKCH, rows.k_BKSH), v_BKCH=merged(layer.v_BKCH, rows.v_BKSH))
         return layer.replace(bias_BKC=jnp.log1p(many)) if self.sized else layer
 
+    def squeeze(self, rows: Prefilled, here: Here) -> Prefilled:
+        """Rows wait for the end of the prompt, to be merged."""
+        return rows
+
     def joining(self, rows: Prefilled, index_BKM: jax.Array, here: Here) -> jax.Array:
         """joins_BKS: the dropped rows, or the `more` best of them."""
         gone = dropped(rows, index_BKM)
@@ -116,7 +120,7 @@ class Merged(Keep):
             return gone
         score = jnp.where(gone, self.score.first(rows, here).astype(jnp.float32), -jnp.inf)
         rank = jnp.argsort(jnp.argsort(-score, axis=-1), axis=-1)
-        kept = (index_BKM < rows.order_BS.shape[1]).sum(axis=-1, keepdims=True)
+        kept = (index_BKM < rows.order_BKS.shape[2]).sum(axis=-1, keepdims=True)
         return gone & (rank < self.more * kept)
 
 
@@ -166,19 +170,23 @@ class Bequeath(Keep):
     def store(self, rows: Prefilled, index_BKM: jax.Array, room: Room, here: Here) -> Rows:
         """Sums over the rows before each kept one: what it receives is the difference of two places of them."""
         layer, gone = super().store(rows, index_BKM, room, here), dropped(rows, index_BKM)
-        order = jnp.broadcast_to(rows.order_BS[:, None], gone.shape)
+        order = jnp.broadcast_to(rows.order_BKS, gone.shape)
         mass = rows.evidence_BKS[self.needs()[0]]
         stays = ~gone & (order != EMPTY)
         total, count = (jnp.cumsum(jnp.where(stays, x, 0)[..., ::-1], axis=-1)[..., ::-1] for x in (mass, jnp.ones_like(mass)))
         gives = gone & (self.coin(order) * total < mass * count)
         gift = jnp.where(gives[..., None], rows.v_BKSH / self.over, 0).astype(jnp.float32)
         before = jnp.pad(jnp.cumsum(gift, axis=2), ((0, 0), (0, 0), (1, 0), (0, 0)))
-        ascending = jnp.where(rows.order_BS == EMPTY, jnp.iinfo(jnp.int32).max, rows.order_BS)
+        ascending = jnp.where(rows.order_BKS[:, 0] == EMPTY, jnp.iinfo(jnp.int32).max, rows.order_BKS[:, 0])
         find = jax.vmap(lambda a, x_KC: jnp.searchsorted(a, x_KC.reshape(-1)).reshape(x_KC.shape))
         ends = (find(ascending, layer.order_BKC - back) for back in (0, self.over))
         last, first = (per_head(lambda x, at: x[at])(before, at) for at in ends)
         received = jnp.where((layer.order_BKC != EMPTY)[..., None], last - first, 0)
         return layer.replace(v_BKCH=layer.v_BKCH + received.astype(layer.v_BKCH.dtype))
+
+    def squeeze(self, rows: Prefilled, here: Here) -> Prefilled:
+        """Rows wait for the end of the prompt, to be merged."""
+        return rows
 
     def evict_where(self, layer: Rows, full_B: jax.Array, here: Here) -> Rows:
         after = super().evict_where(layer, full_B, here)

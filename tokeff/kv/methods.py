@@ -7,6 +7,7 @@ numbers as shares of the context they were published for, which is what a 2k pro
 from __future__ import annotations
 
 from tokeff.errors import UserError
+from tokeff.kv.blend import Blend
 from tokeff.kv.budget import Budget, Spread
 from tokeff.kv.classes import ByClass, Heads
 from tokeff.kv.coded import Fold
@@ -14,17 +15,20 @@ from tokeff.kv.compress import ByImportance, HeadWindow
 from tokeff.kv.depth import MiniCache
 from tokeff.kv.gear import Gear
 from tokeff.kv.keep import Keep
+from tokeff.kv.latent import TransMLA
 from tokeff.kv.mean_row import MeanRow
 from tokeff.kv.merge_rows import Bequeath, GlobalLocal, Merged, Watched
 from tokeff.kv.policy import Full, Policy
 from tokeff.kv.pool import KeepByHead, KeepByModel
-from tokeff.kv.pyramid import Pyramid
+from tokeff.kv.pyramid import Pyramid, Spared
 from tokeff.kv.quant import ByChannel, ByToken
 from tokeff.kv.retell import Reconstruction, Retold
 from tokeff.kv.score import Chance, Chunked, Mass, Recency, Shared, WindowMass
 from tokeff.kv.score_future import Expected
 from tokeff.kv.score_keys import KeyDifference, KeyNorm, Lag, Unrepeated
 from tokeff.kv.shadow import ShadowKV
+from tokeff.kv.shared import SharedPrefix
+from tokeff.kv.similar import Similar
 from tokeff.kv.streaming import LambdaShaped, Streaming
 from tokeff.kv.thin import Thin
 
@@ -34,6 +38,31 @@ _ALL = Full()
 def full() -> Full:
     """Every row kept, every row read: the baseline that `held` and `read` are ratios to."""
     return Full()
+
+
+def hydragen(rule: Policy = _ALL) -> SharedPrefix:
+    """Hydragen (Juravsky et al. 2024): questions on one context share its rows, which are held once and read once for all of them.
+
+    rule: what is kept of the context, `full()` or a `Keep` with evict=0.
+    """
+    return SharedPrefix(rule)
+
+
+def cacheblend(chunk: int = 512, share: float = 0.16, layer: int = 1, dense: int = 64) -> Blend:
+    """CacheBlend (Yao et al. 2024): the prompt from chunks that never saw each other, a `share` of its rows computed anew. Give it as
+    `prefill`.
+
+    dense: so many last rows are always computed, in the place of the question.
+    """
+    return Blend(chunk, dense, share, layer)
+
+
+def kvshare(earlier: tuple[int, ...] = (), share: float = 0.16, layer: int = 1, dense: int = 64, least: int = 8) -> Similar:
+    """KVShare (Yang et al. 2025), our reading: the prompt from the cache of an earlier one where both say the same. Give it as `prefill`.
+
+    earlier: token ids of that prompt. least: runs of fewer equal tokens are computed like changed ones.
+    """
+    return Similar(least, dense, share, layer, earlier)
 
 
 def random_rows(budget: Budget = 0.125, seed: int = 0) -> Keep:
@@ -88,9 +117,9 @@ def alisa(budget: Budget = 0.125, steps: int = 16, recent: float = 0.5, evict: i
     return Keep(budget, Mass(1 - 1 / steps), recent=recent, evict=evict)
 
 
-def knorm(budget: Budget = 0.125, recent: int = 0) -> Keep:
-    """Knorm (Devoto et al. 2024): the rows with the smallest keys. The paper spares the first two layers; here all are alike."""
-    return Keep(budget, KeyNorm(), recent=recent)
+def knorm(budget: Budget = 0.125, recent: int = 0, spared: tuple[int, ...] = ()) -> Spared:
+    """Knorm (Devoto et al. 2024): the rows with the smallest keys. `spared` layers keep everything, in the paper the first two."""
+    return Spared(budget, KeyNorm(), recent=recent, spared=spared)
 
 
 def keydiff(budget: Budget = 0.125, evict: int = 1) -> Keep:
@@ -188,9 +217,12 @@ def adakv(budget: Budget = 0.125, window: int = 16, kernel: int = 7, pool: str =
     return KeepByHead(snapkv(budget, window, kernel, pool), Spread(floor), page)
 
 
-def shadowkv(budget: Budget = 0.125, rank: float = 0.156) -> ShadowKV:
-    """ShadowKV (Sun et al. 2024): low-rank keys, chunks chosen by landmarks. `budget` is what a query reads."""
-    return ShadowKV(budget, rank)
+def shadowkv(budget: Budget = 0.125, rank: float | int = 0.156, outliers: float | int = 0.003, host: bool = False) -> ShadowKV:
+    """ShadowKV (Sun et al. 2024): low-rank keys, chunks chosen by landmarks. `budget` is what a query reads.
+
+    rank, outliers: shares of the width of all keys and of the chunks of 8 rows, or numbers of them. host: values in host memory.
+    """
+    return ShadowKV(budget, rank, outliers=outliers, host=host)
 
 
 def kivi(bits: int = 2, group: int = 32, residual: int = 32, rule: Policy = _ALL) -> Fold:
@@ -221,10 +253,11 @@ def think(channels: float = 0.6, window: int = 32, rule: Policy = _ALL) -> Thin:
     return Thin(rule, channels, window)
 
 
-def cam(budget: Budget = 0.125, sinks: int = 4, over: int = 32, evict: int = 1, seed: int = 0) -> Bequeath:
+def cam(budget: Budget = 0.125, sinks: float | int = 4, over: int = 32, evict: int = 1, seed: int = 0) -> Bequeath:
     """CaM (Zhang et al. 2024): sinks and recent rows; the value of a row that leaves goes to the rows after it, by a coin.
 
-    `over` (the paper's merge budget m) and positions as published. Larger `evict` leaves room for drafts.
+    `over` (the paper's merge budget m) and positions as published; the released code has as many sinks as recent rows (sinks=0.5).
+    Larger `evict` leaves room for drafts.
     """
     return Bequeath(budget, Watched(), sinks=sinks, evict=evict, over=over, seed=seed)
 
@@ -258,3 +291,14 @@ def minicache_4bit(
 ) -> MiniCache:
     """MiniCache with 4-bit codes (Liu et al. 2024, sec. 5): shared directions, and the rows of the other layers, as KIVI writes them."""
     return MiniCache(first, t, outliers, kivi(bits, group, residual))
+
+
+def transmla(rank: float | int = 0.5, rope: float = 0.125, converted: bool = False) -> TransMLA:
+    """TransMLA (Meng et al. 2025), without its training: one low-rank row for all heads, few of whose numbers carry rotation.
+
+    rank: share or number of directions of what carries none. rope: share of heads, at least one, that keep their rotation.
+    converted: bases from a calibration text, put beside the weights by `tokeff.kv.convert.convert(model, text, rope)`, as published;
+    by default each prompt finds its own, which are held with it. `paper`: rank=512, 64 rotated numbers, and training, without which its
+    perplexities rise by a fifth to eightfold.
+    """
+    return TransMLA(rank, rope, converted)

@@ -7,7 +7,7 @@ and values and the layer's cache, and returns the attention output and the new c
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 import jax
@@ -17,6 +17,7 @@ from flax import struct
 from tokeff.kv.cache import Room, Rows, commit, empty_draft, hold, whole_tiles, write
 from tokeff.kv.evidence import Ask as Ask
 from tokeff.kv.evidence import Evidence
+from tokeff.kv.host import fetch
 from tokeff.kv.read import read_rows
 from tokeff.models.flow import EMPTY, Accepted, Flow, Here
 
@@ -26,14 +27,27 @@ class Prefilled(struct.PyTreeNode):
 
     k_BKSH: jax.Array
     v_BKSH: jax.Array
-    order_BS: jax.Array
+    order_BKS: jax.Array  # (B, 1, S) where all heads hold the same rows
     length_B: jax.Array  # of the prompt; a pass may have let fewer rows reach this layer
     index: jax.Array  # () number of the layer, as an array so that layers that are alike share compiled code
     evidence_BKS: dict[Evidence, Any]  # attention mass of each stored row, or what else was asked for
+    whole_B: jax.Array | None = None  # while rows are dropped between pieces of a prompt: how many there are with those gone or to come
+    whole: int | None = struct.field(pytree_node=False, default=None)  # the most that whole_B can be
+
+    @property
+    def here_B(self) -> jax.Array:
+        """How many rows are here."""
+        return (self.order_BKS != EMPTY).sum(axis=2, dtype=jnp.int32).max(axis=1)
 
     @property
     def count_B(self) -> jax.Array:
-        return (self.order_BS != EMPTY).sum(axis=1, dtype=jnp.int32)
+        """Of how many rows a budget is a share."""
+        return self.here_B if self.whole_B is None else self.whole_B
+
+    @property
+    def most(self) -> int:
+        """What count_B cannot exceed."""
+        return self.order_BKS.shape[2] if self.whole is None else self.whole
 
 
 @dataclass(frozen=True)
@@ -51,6 +65,12 @@ class Policy:
     def check(self, cfg, length: int) -> None:
         """Raise UserError when the policy cannot work on this model and prompt length."""
 
+    def fit(self, m: Any) -> Policy:
+        """This policy with what it leaves open filled in from a `tokeff.models.load.Model`: what depends on its tokenizer, say. What is
+        generated, measured or saved is what comes out. The default fills in the policies inside it."""
+        inside = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: x.fit(m) for name, x in inside.items() if isinstance(x, Policy)})
+
     def drafts(self, depth: int) -> str | None:
         """None when tree drafts of this depth equal one-row decoding under the policy; else the reason they do not."""
         return None
@@ -59,6 +79,10 @@ class Policy:
         """What this layer does under the policy. Layers with equal roles share compiled code, so a policy whose methods read
         `here.layer` must tell them apart here; None when all layers are alike."""
         return None
+
+    def squeeze(self, rows: Prefilled, here: Here) -> Prefilled:
+        """What stays of these rows before the next piece of a prompt that is read in bounded memory (kv/bounded.py); all of them here."""
+        return rows
 
     def plan(self, layers: tuple[Prefilled, ...], cfg) -> Policy:
         """This policy with the shapes that depend on the rows themselves written into it. `pack` has them planned."""
@@ -71,8 +95,21 @@ class Policy:
     def pack_layer(self, rows: Prefilled, room: Room, here: Here) -> Any:
         raise NotImplementedError
 
+    def fork(self, layers: tuple[Any, ...], times: int, room: Room) -> tuple[Any, ...]:
+        """The packed layers with every sequence `times` times, side by side, each with `room` of its own behind what it holds. Copies by
+        default; a policy that keeps what sequences share once (kv/shared.py) gives new room, others had it when they packed."""
+        return self.place(jax.tree.map(lambda x: jnp.repeat(fetch(x), times, axis=0), layers))
+
     def attend(self, q, k, v, ask: Flow, new: Flow, layer, accepted: Accepted | None, across, here: Here):
         raise NotImplementedError
+
+    def place(self, layers: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The packed layers with what belongs in host memory there (kv/host.py). Called between jitted calls."""
+        return layers
+
+    def bytes_moved(self, layer: Any, here: Here) -> int:
+        """Bytes that one decode step brings over from host memory."""
+        return 0
 
     def vacancy(self, layer: Any) -> jax.Array | None:
         """accept_B: how many of this call's draft rows may become real before the next boundary; None = no limit."""
@@ -106,7 +143,7 @@ class Full(Policy):
     def pack_layer(self, rows: Prefilled, room: Room, here: Here) -> Rows:
         C = whole_tiles(rows.k_BKSH.shape[2] + room.rows)
         B, K = rows.k_BKSH.shape[:2]
-        order = jnp.broadcast_to(pad_slots(rows.order_BS, C, 1, EMPTY)[:, None], (B, K, C))
+        order = jnp.broadcast_to(pad_slots(rows.order_BKS, C, 2, EMPTY), (B, K, C))
         k, v = pad_slots(rows.k_BKSH, C, 2), pad_slots(rows.v_BKSH, C, 2)
         return Rows(k, v, order, rows.count_B, draft=empty_draft(k, room.draft))
 

@@ -48,7 +48,7 @@ def pack_pool(rows: Prefilled, keep_BKS: jax.Array, P: int, R: int) -> Pool:
     """Kept rows of each head into consecutive pages, in order. P must be at least the sum over heads of ceil(rows / R)."""
     K = keep_BKS.shape[1]
 
-    def one(k_KSH, v_KSH, order_S, keep_KS):
+    def one(k_KSH, v_KSH, order_KS, keep_KS):
         pages = -(-keep_KS.sum(axis=1) // R)
         start = jnp.cumsum(pages) - pages
         nth = jnp.cumsum(keep_KS, axis=1) - 1
@@ -61,11 +61,11 @@ def pack_pool(rows: Prefilled, keep_BKS: jax.Array, P: int, R: int) -> Pool:
             rows = x_KSH.reshape(-1, x_KSH.shape[-1])[jnp.maximum(source, 0)]
             return jnp.where(held[:, None], rows, 0).reshape(P, R, -1)
 
-        order = jnp.where(held, order_S[source % order_S.size], EMPTY)
+        order = jnp.where(held, jnp.broadcast_to(order_KS, keep_KS.shape).reshape(-1)[source], EMPTY)
         owner = jnp.searchsorted(jnp.cumsum(pages), jnp.arange(P), side="right")
         return take(k_KSH), take(v_KSH), order.reshape(P, R), jnp.where(owner < K, owner, EMPTY).astype(jnp.int32)
 
-    return Pool(*jax.vmap(one)(rows.k_BKSH, rows.v_BKSH, rows.order_BS, keep_BKS))
+    return Pool(*jax.vmap(one)(rows.k_BKSH, rows.v_BKSH, rows.order_BKS, keep_BKS))
 
 
 def read_pool(q_BTNH: jax.Array, pool: Pool, lo_BT: jax.Array, hi_BT: jax.Array, here: Here) -> tuple[jax.Array, jax.Array]:
@@ -111,6 +111,10 @@ class Paging(Policy):
         if self.rule.evict:
             raise UserError("budgets that differ by head are made once, at the end of the prompt; set evict=0")
 
+    def squeeze(self, rows: Prefilled, here: Here) -> Prefilled:
+        """Heads hold equally many rows until the prompt ends."""
+        return self.rule.squeeze(rows, here)
+
     def paged(self, rows: Prefilled, keep_BKS: jax.Array, P: int, room: Room) -> Paged:
         """These rows in P pages, and room for what comes."""
         B, K, _, H = rows.k_BKSH.shape
@@ -149,11 +153,11 @@ class KeepByHead(Paging):
             raise UserError(f"floor {self.spread.floor} must be in [0, 1]")
 
     def pack_layer(self, rows: Prefilled, room: Room, here: Here) -> Paged:
-        _, K, S, _ = rows.k_BKSH.shape
+        K = rows.k_BKSH.shape[1]
         keep = self.spread.keep(*self.rule.guarded(rows, here))
         # Every head wastes less than one page, so the sum of ceil(rows / R) is at most (K * M + K * (R - 1)) / R. Rounded up to
         # a multiple of K: a mesh that divides the heads then divides the pages.
-        P = K * math.ceil((most_rows(self.rule.budget, S) + self.page - 1) / self.page)
+        P = K * math.ceil((most_rows(self.rule.budget, rows.most) + self.page - 1) / self.page)
         return self.paged(rows, keep, P, room)
 
 

@@ -6,6 +6,7 @@ is there so far and nothing more. Several policies can share one prefill: ask fo
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from tokeff.errors import UserError
+from tokeff.kv.cache import per_head
 from tokeff.kv.evidence import Evidence, Seen
 from tokeff.kv.policy import Policy, Prefilled
 from tokeff.models.attention import flash
@@ -28,31 +30,32 @@ class Gather(Policy):
     """The policy of a prefill: append this call's rows, attend causally, and gather the evidence asked for."""
 
     evidence: tuple[Evidence, ...] = ()
-    gaps: bool = False  # rows of an earlier turn are there, with its padding behind them
+    gaps: bool = False  # rows of an earlier turn or piece are there, with its padding behind them
     pattern: Any = None  # a `tokeff.sparse.pattern.Pattern`: which blocks of rows the queries read; None reads all
 
     def role(self, layer: int) -> Any:
         return None if self.pattern is None else self.pattern.role(layer), *(kind.role(layer) for kind in self.evidence)
 
     def attend(self, q, k, v, ask: Flow, new: Flow, layer: Prefilled, accepted: Accepted | None, across, here: Here):
-        cfg, before = here.cfg, layer.order_BS.shape[1]
+        cfg, before = here.cfg, layer.order_BKS.shape[2]
         raw, q, k = q, here.rotate(q, ask.angle_BT[:, :, None]), here.rotate(k, new.angle_BT[:, :, None])
         dtype = layer.k_BKSH.dtype
         k = jnp.concatenate([layer.k_BKSH, k.swapaxes(1, 2).astype(dtype)], axis=2)
         v = jnp.concatenate([layer.v_BKSH, v.swapaxes(1, 2).astype(dtype)], axis=2)
-        order = jnp.concatenate([layer.order_BS, new.order_BT], axis=1)
+        heads = layer.order_BKS.shape[:2]
+        order = jnp.concatenate([layer.order_BKS, jnp.broadcast_to(new.order_BT[:, None], (*heads, new.order_BT.shape[1]))], axis=2)
         if self.pattern is not None and ask is new:
-            out, lse = self.pattern.attend(q, k, v, order, ask, layer.length_B, before, here)
+            out, lse = self.pattern.attend(q, k, v, order[:, 0], ask, layer.length_B, before, here)
         else:
             out, lse = flash(
                 q, k, v, here.lo(ask.order_BT), ask.hi_BT, order, scale=cfg.scale, softcap=cfg.softcap,
                 first=before if ask is new else None,
-                # Padding between two turns makes rows stand further apart than their orders say.
+                # Padding between two turns or pieces makes rows stand further apart than their orders say.
                 window=None if self.gaps else here.window,
             )  # fmt: skip
-        seen = Seen(raw, q, lse, ask, k, order, layer.length_B)
+        seen = Seen(raw, q, lse, ask, k, order, layer.length_B, new.id_BT)
         evidence = {a: a.gather(seen, layer.evidence_BKS.get(a), here) for a in self.evidence}
-        return out, layer.replace(k_BKSH=k, v_BKSH=v, order_BS=order, evidence_BKS=evidence), across
+        return out, layer.replace(k_BKSH=k, v_BKSH=v, order_BKS=order, evidence_BKS=evidence), across
 
 
 class Prompt(struct.PyTreeNode):
@@ -86,21 +89,24 @@ def one_layer(w, flow, layer, accepted, across, *, policy, cut, here):
     return block(w, flow, layer, accepted, across, policy=policy, cut=cut, here=here)
 
 
-def run_layers(params, cfg, flow, layers, *, policy, cut=None, upto: int | None = None):
-    """`stack`, one compiled call a layer: for long passes, where compiling L layers at once would cost more than it saves."""
+def run_layers(params, cfg, flow, layers, *, policy, cut=None, upto: int | None = None, then: Callable | None = None):
+    """`stack`, one compiled call a layer: for long passes, where compiling L layers at once would cost more than it saves. `then` maps
+    (layer number, its new cache) to what is held of it."""
     out, across = list(layers), None
     for i in range(cfg.L if upto is None else upto):
         here = Here(alike(policy, cut, cfg, i), cfg)
         flow, out[i], across = one_layer(
             params.blocks[i], flow, layers[i], None, across, policy=policy, cut=cut, here=here
         )
+        if then is not None:
+            out[i] = then(i, out[i])
     return flow, tuple(out)
 
 
 def blank(cfg: Config, B: int, length_B: jax.Array, dtype) -> tuple[Prefilled, ...]:
     """L layers without rows."""
     none = jnp.zeros((B, cfg.K, 0, cfg.H), dtype)
-    order = jnp.zeros((B, 0), jnp.int32)
+    order = jnp.zeros((B, 1, 0), jnp.int32)
     return tuple(Prefilled(none, none, order, length_B, jnp.int32(i), {}) for i in range(cfg.L))
 
 
@@ -129,6 +135,10 @@ def prefill(
     if chunk is not None and chunk < tokens_BT.shape[1] and getattr(pattern, "whole_prompt", False):
         raise UserError(f"{type(pattern).__name__} ranks by the end of the whole prompt; give it in one piece, without chunk")
     text, given_B, dtype, place = tokens_BT, length_B, dtype or params.embed_VD.dtype.name, None
+    if pattern is not None and pattern.own_pass and after is None:
+        check_pass(pattern, cut)
+        prompt = pattern.fill(params, cfg, tokens_BT, length_B, tuple(evidence), dtype)
+        return revisited(evidence, params, cfg, prompt, tokens_BT, length_B, dtype)
     if cut is not None and cut.restart:
         tokens_BT, length_B, place = restart(params, cfg, tokens_BT, length_B, cut, dtype, pattern)
         cut = None
@@ -138,7 +148,7 @@ def prefill(
         order = jnp.where(order == EMPTY, EMPTY, order + after.next_B[:, None])
         given_B, length_B = given_B + after.length_B, length_B + after.next_B
         text = join(after.tokens_BT, after.length_B, text)
-        layers = tuple(go_on(layer, length_B) for layer in after.layers)
+        layers = tuple(go_on(layer, length_B, T) for layer in after.layers)
     policy, rows = Gather(tuple(evidence), after is not None, pattern if after is None else None), []
     for a in range(0, T, chunk or T):
         part = slice(a, min(a + (chunk or T), T))
@@ -150,30 +160,45 @@ def prefill(
     x = jnp.take_along_axis(jnp.stack([r[1] for r in rows]), which[None, :, None, None], axis=0)[0]
     if after is not None:
         layers = tuple(close_gaps(layer) for layer in layers)
-    prompt = Prompt(layers, text, given_B, length_B, _logits(params, cfg, x), place)
+    prompt = Prompt(layers, text, given_B, length_B, last_logits(params, cfg, x), place)
+    return revisited(evidence, params, cfg, prompt, tokens_BT, own_B, dtype)
+
+
+def check_pass(pattern: Any, cut: Pass | None) -> None:
+    """Refuse a pass with a prefill that itself says which rows go on."""
+    if cut is not None and pattern is not None and pattern.own_pass:
+        raise UserError(f"{type(pattern).__name__} says itself which rows go on; leave out cut={type(cut).__name__} or prefill")
+
+
+def revisited(evidence, params, cfg, prompt: Prompt, tokens_BT, length_B, dtype) -> Prompt:
+    """The finished prompt, with the evidence that takes a pass of its own."""
     for kind in evidence:
-        prompt = kind.revisit(params, cfg, prompt, tokens_BT, own_B, dtype)
+        prompt = kind.revisit(params, cfg, prompt, tokens_BT, length_B, dtype)
     return prompt
 
 
 @jax.jit
 def close_gaps(layer: Prefilled) -> Prefilled:
     """Move the padding between two turns to the end: stores fill slots in order, and neighbours are neighbours in the text."""
-    at = jnp.argsort(layer.order_BS == EMPTY, axis=1, stable=True)
+    at = jnp.argsort(layer.order_BKS == EMPTY, axis=2, stable=True)
 
     def rows(x_BKSx):
-        return jax.vmap(lambda x, i: jnp.take(x, i, axis=1))(x_BKSx, at)
+        return per_head(lambda x, i: x[i])(x_BKSx, jnp.broadcast_to(at, (*x_BKSx.shape[:2], at.shape[2])))
 
     return layer.replace(
-        k_BKSH=rows(layer.k_BKSH), v_BKSH=rows(layer.v_BKSH), order_BS=jnp.take_along_axis(layer.order_BS, at, axis=1),
+        k_BKSH=rows(layer.k_BKSH), v_BKSH=rows(layer.v_BKSH), order_BKS=rows(layer.order_BKS),
         evidence_BKS={a: rows(x) if a.per_row else x for a, x in layer.evidence_BKS.items()},
     )  # fmt: skip
 
 
-def go_on(layer: Prefilled, length_B: jax.Array) -> Prefilled:
-    """A layer whose prompt becomes longer, with the evidence that still counts."""
+def go_on(layer: Prefilled, length_B: jax.Array, more: int) -> Prefilled:
+    """A layer whose prompt becomes longer by at most `more` rows, with the evidence that still counts."""
     longer = {a: a.longer(x, length_B - layer.length_B) for a, x in layer.evidence_BKS.items()}
-    return layer.replace(length_B=length_B, evidence_BKS={a: x for a, x in longer.items() if x is not None})
+    whole_B = None if layer.whole_B is None else layer.whole_B + length_B - layer.length_B
+    whole = None if layer.whole is None else layer.whole + more
+    return layer.replace(
+        length_B=length_B, whole_B=whole_B, whole=whole, evidence_BKS={a: x for a, x in longer.items() if x is not None}
+    )
 
 
 def join(a_BS: jax.Array, length_B: jax.Array, b_BT: jax.Array) -> jax.Array:
@@ -183,7 +208,7 @@ def join(a_BS: jax.Array, length_B: jax.Array, b_BT: jax.Array) -> jax.Array:
 
 
 @partial(jax.jit, static_argnames="cfg")
-def _logits(params, cfg, x_B1D):
+def last_logits(params, cfg, x_B1D):
     return unembed(params, cfg, x_B1D)[:, 0]
 
 

@@ -1,4 +1,4 @@
-"""Budgets that differ by layer: more rows below, where attention is spread, fewer above, where it gathers."""
+"""Budgets that differ by layer: more rows below, where attention is spread, fewer above, where it gathers; or some layers left whole."""
 
 from __future__ import annotations
 
@@ -38,11 +38,31 @@ class Pyramid(Keep):
     def rows(self, n: Any, here: Here) -> Any:
         counted = isinstance(n, int)
         lower = min if counted else jnp.minimum
-        share = isinstance(self.budget, float)
-        loose = (super().rows(n, here) if share else self.budget) - self.recent
+        share = not isinstance(self.budget, int)
+        loose = (self.budget if isinstance(self.budget, int) else super().rows(n, here)) - self.recent
         first = 2 * loose - loose // self.beta
         first = lower(first, n - self.recent) if share else first
         last, steps = 2 * loose - first, max(here.cfg.L - 1, 1)
         found = self.recent + first - (here.layer * (first - last) + steps - 1) // steps
         # Rounding can give a shorter prompt one row more.
         return lower(found + (counted and share), n)
+
+
+@dataclass(frozen=True)
+class Spared(Keep):
+    """`Keep` that leaves the layers named in `spared` whole; the budget is that of each other layer."""
+
+    spared: tuple[int, ...] = ()
+
+    def role(self, layer: int) -> bool:
+        return layer in self.spared
+
+    def check(self, cfg, length: int) -> None:
+        super().check(cfg, length)
+        if any(not 0 <= i < cfg.L for i in self.spared):
+            raise UserError(f"spared names layers {self.spared}, and the model has 0 to {cfg.L - 1}; leave out those it has not")
+        if self.spared and self.evict:
+            raise UserError("a layer that is left whole evicts nothing; set evict=0")
+
+    def rows(self, n: Any, here: Here) -> Any:
+        return n if here.layer in self.spared else super().rows(n, here)

@@ -38,7 +38,7 @@ class Telling(Evidence):
     block: int = 128
 
     def gather(self, seen: Seen, before: Told, here: Here) -> Told:
-        T, S = seen.q_BTNH.shape[1], seen.order_BS.shape[1]
+        T, S = seen.q_BTNH.shape[1], seen.order_BKS.shape[2]
         most = pad_slots(before.most_BKS, S, 2)
         for a in range(0, T, self.block):
             most = jnp.maximum(most, self.part(seen, slice(a, a + self.block), before, here))
@@ -46,7 +46,7 @@ class Telling(Evidence):
 
     def part(self, seen: Seen, some: slice, told: Told, here: Here) -> jax.Array:
         """most_BKS of one block of queries."""
-        order = seen.order_BS
+        order = seen.order_BKS[:, 0]
         lo, hi, end = (x[:, None] for x in (told.lo_B, told.hi_B, told.end_B))
         piece = (order >= lo) & (order < hi)
         asked = seen.ask.order_BT[:, some, None]

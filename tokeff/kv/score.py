@@ -53,7 +53,7 @@ class Recency(Scorer):
 
     def first(self, rows: Prefilled, here: Here) -> jax.Array:
         B, K, S, _ = rows.k_BKSH.shape
-        return jnp.broadcast_to(rows.order_BS[:, None].astype(jnp.float32), (B, K, S))
+        return jnp.broadcast_to(rows.order_BKS.astype(jnp.float32), (B, K, S))
 
     def later(self, layer: Rows, here: Here) -> jax.Array:
         return layer.order_BKC.astype(jnp.float32)
@@ -68,7 +68,7 @@ class Chance(Scorer):
 
     def first(self, rows: Prefilled, here: Here) -> jax.Array:
         B, K, S, _ = rows.k_BKSH.shape
-        order = jnp.broadcast_to(rows.order_BS[:, None], (B, K, S)).astype(jnp.uint32)
+        order = jnp.broadcast_to(rows.order_BKS, (B, K, S)).astype(jnp.uint32)
         head = jnp.arange(K, dtype=jnp.uint32)[None, :, None]
         x = order * jnp.uint32(0x9E3779B1) + head * jnp.uint32(0x85EBCA77)
         x = x ^ (jnp.uint32(self.seed * 0xC2B2AE3D & 0xFFFFFFFF) + rows.index.astype(jnp.uint32) * jnp.uint32(0x27D4EB2F))
@@ -168,7 +168,7 @@ class WindowMass(Scorer):
     def first(self, rows: Prefilled, here: Here) -> jax.Array:
         # Rows inside the window are kept anyway and must not lend their own large mass to neighbours outside it.
         n_B = rows.length_B[:, None]
-        outside = (rows.order_BS < n_B - self.window)[:, None]
+        outside = rows.order_BKS < (n_B - self.window)[..., None]
         return pool(jnp.where(outside, rows.evidence_BKS[self.asked], 0.0), self.kernel, self.pool)
 
 
@@ -193,7 +193,7 @@ class Chunked(Scorer):
             raise UserError(f"chunks of {self.size} rows hold nothing; give at least 1")
 
     def first(self, rows: Prefilled, here: Here) -> jax.Array:
-        score, order = self.score.first(rows, here), rows.order_BS[:, None]
+        score, order = self.score.first(rows, here), rows.order_BKS
         counted = (order != EMPTY) & (order < rows.length_B[:, None, None] - self.recent)
         B, K, S = score.shape
         parts = [pad_slots(x, -(-S // self.size) * self.size, 2) for x in (jnp.where(counted, score, 0.0), counted)]

@@ -44,8 +44,8 @@ class Expected(Scorer):
         mean, covariance = mean.reshape(B, K, -1, H), covariance.reshape(B, K, -1, H, H)
         spread = jnp.einsum("bksh,bkghi,bksi->bkgs", k, covariance, k, precision="highest")
         logits = jnp.einsum("bksh,bkgh->bkgs", k, mean, precision="highest") * scale + spread * (scale**2 / 2)
-        counted = (rows.order_BS != EMPTY) & (rows.order_BS >= self.sinks)
-        p = jax.nn.softmax(jnp.where(counted[:, None, None], logits, -jnp.inf), axis=-1)
+        counted = (rows.order_BKS != EMPTY) & (rows.order_BKS >= self.sinks)
+        p = jax.nn.softmax(jnp.where(counted[:, :, None], logits, -jnp.inf), axis=-1)
         return (p.mean(axis=2) + self.floor) * jnp.linalg.norm(v, axis=-1)
 
 

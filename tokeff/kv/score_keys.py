@@ -35,7 +35,7 @@ class KeyDifference(Scorer):
     running: ClassVar[bool] = True
 
     def first(self, rows: Prefilled, here: Here) -> jax.Array:
-        return difference(rows.k_BKSH, (rows.order_BS != EMPTY)[:, None])
+        return difference(rows.k_BKSH, rows.order_BKS != EMPTY)
 
     def later(self, layer: Rows, here: Here) -> jax.Array:
         return difference(layer.k_BKCH, layer.order_BKC != EMPTY)
@@ -74,9 +74,9 @@ class Lag(Scorer):
             raise UserError(f"lag {self.size} holds no row; give at least 1")
 
     def first(self, rows: Prefilled, here: Here) -> jax.Array:
-        S = rows.order_BS.shape[1]
+        S = rows.order_BKS.shape[2]
         rank = self.ranks(rows.k_BKSH, rows.v_BKSH)
-        scored_B = self.sinks + self.size * jnp.maximum((rows.count_B - self.sinks) // self.size - 1, 0)
+        scored_B = self.sinks + self.size * jnp.maximum((rows.here_B - self.sinks) // self.size - 1, 0)
         i = jnp.arange(S)[None, None]
         return jnp.where(i < scored_B[:, None, None], rank, 1.0 + i)
 
@@ -132,7 +132,7 @@ class Unrepeated(Scorer):
 
     def first(self, rows: Prefilled, here: Here) -> jax.Array:
         (ask,) = self.needs()
-        order = jnp.broadcast_to(rows.order_BS[:, None], rows.k_BKSH.shape[:3])
+        order = jnp.broadcast_to(rows.order_BKS, rows.k_BKSH.shape[:3])
         return self.score(rows.k_BKSH, rows.evidence_BKS[ask], order)
 
     def later(self, layer: Rows, here: Here) -> jax.Array:

@@ -17,6 +17,7 @@ from tokeff.errors import UserError
 from tokeff.kernels import merge
 from tokeff.kv.budget import Budget, check_budget, most_rows, rows_of
 from tokeff.kv.cache import Room, Rows, empty_draft, take_rows, whole_tiles
+from tokeff.kv.host import place, rows_from_host
 from tokeff.kv.policy import Policy, Prefilled, append, pad_slots, tree_bytes
 from tokeff.kv.read import read_draft, read_store
 from tokeff.models.attention import NEG, combine, scores, softmax
@@ -49,21 +50,37 @@ def low_rank(x_BSD: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
     return jnp.einsum("bsd,bdy->bsy", x, basis, precision="highest"), jnp.swapaxes(basis, 1, 2)
 
 
+def most(some: float | int, n: int) -> float | int:
+    """What a share, or a number of n things, may be at most."""
+    return 1 if isinstance(some, float) else n
+
+
+def counted(some: float | int, n: int) -> int:
+    """A number of n things: given, or a share of them and at least one."""
+    return max(1, round(some * n)) if isinstance(some, float) else min(some, n)
+
+
 @dataclass(frozen=True)
 class ShadowKV(Policy):
-    """budget: prompt rows a query reads through landmarks. rank: share of K*H kept. outliers: share of the chunks kept in full.
-    local: how many chunks at the end of the prompt are kept in full, beside the incomplete one."""
+    """budget: prompt rows a query reads through landmarks. rank: share of K*H kept. outliers: share of the chunks kept in full. A whole
+    number is a rank or a number of chunks. local: how many chunks at the end of the prompt are kept in full, beside the incomplete one.
+    host: values lie in host memory, as published, and only the chunks that a step reads come over."""
 
     budget: Budget
-    rank: float = 0.156
+    rank: float | int = 0.156
     chunk_rows: int = 8
-    outliers: float = 0.003
+    outliers: float | int = 0.003
     local: int = 4
+    host: bool = False
 
     def check(self, cfg, length: int) -> None:
         check_budget(self.budget, length)
-        if not 0 < self.rank <= 1 or not 0 <= self.outliers <= 1 or self.chunk_rows < 1:
-            raise UserError(f"rank {self.rank} and outliers {self.outliers} are shares in [0, 1], chunk_rows at least 1")
+        width, chunks = cfg.K * cfg.H, length // max(self.chunk_rows, 1)
+        fits = 0 < self.rank <= most(self.rank, width) and 0 <= self.outliers <= most(self.outliers, chunks)
+        if not fits or self.chunk_rows < 1:
+            raise UserError(
+                f"rank {self.rank} and outliers {self.outliers} are shares in [0, 1] or at most {width} and {chunks}, chunk_rows at least 1"
+            )
         if length < (self.local + 2) * self.chunk_rows:
             raise UserError(f"a prompt of {length} tokens has no chunk beside the local ones; use one of at least "
                             f"{(self.local + 2) * self.chunk_rows} tokens or lower local")  # fmt: skip
@@ -73,13 +90,13 @@ class ShadowKV(Policy):
 
     def pack_layer(self, rows: Prefilled, room: Room, here: Here) -> Shadow:
         R = self.chunk_rows
-        S = -(-rows.order_BS.shape[1] // R) * R
-        order = pad_slots(rows.order_BS, S, 1, EMPTY)
+        S = -(-rows.order_BKS.shape[2] // R) * R
+        order = pad_slots(rows.order_BKS[:, 0], S, 1, EMPTY)
         k, v = pad_slots(rows.k_BKSH, S, 2), pad_slots(rows.v_BKSH, S, 2)
         k = jnp.where((order == EMPTY)[:, None, :, None], 0, k)
         B, K, _, H = k.shape
         raw = here.rotate(k, jnp.maximum(order, 0)[:, None], inverse=True)
-        rank = max(1, round(self.rank * K * H))
+        rank = counted(self.rank, K * H)
         low, basis = low_rank(jnp.moveaxis(raw, 1, 2).reshape(B, S, K * H), rank)
         landmark, whole, last = self.split(k, order, rows.count_B)
         pick = jnp.repeat(whole, R, axis=2) & (order != EMPTY)[:, None]
@@ -98,10 +115,12 @@ class ShadowKV(Policy):
         worst = (jnp.einsum("bkprh,bkph->bkpr", chunks, landmark) / jnp.maximum(norm, 1e-9)).min(axis=-1)
         p = jnp.arange(P)[None, None]
         closed = p >= (count_B // R - self.local)[:, None, None]  # local chunks, the incomplete one and padding
-        n_B = jnp.maximum(jnp.round(self.outliers * (count_B // R)).astype(jnp.int32), 1)
+        n_B = jnp.minimum(self.outliers, count_B // R)
+        if isinstance(self.outliers, float):
+            n_B = jnp.maximum(jnp.round(self.outliers * (count_B // R)).astype(jnp.int32), 1)
         rank = jnp.argsort(jnp.argsort(jnp.where(closed, jnp.inf, worst), axis=-1), axis=-1)
-        most = max(1, round(self.outliers * P)) + self.local + 1
-        return landmark, closed | (rank < n_B[:, None, None]), most * R
+        bound = counted(self.outliers, P) + self.local + 1
+        return landmark, closed | (rank < n_B[:, None, None]), bound * R
 
     def exact_rows(self, k, v, order_BS, pick_BKS, M: int, room: Room) -> Rows:
         S = order_BS.shape[1]
@@ -145,7 +164,19 @@ class ShadowKV(Policy):
         order = fold(order)[:, :, None]
         seen = (order >= lo[:, None, :, None]) & (order <= hi[:, None, :, None])
         p, lse = softmax(scores(q_BTNH.reshape(B * T, 1, N, H), fold(k), cfg.scale, cfg.softcap), seen[:, :, None])
-        return combine(p, fold(take_rows(layer.v_BKSH, row))).reshape(B, T, N, H), lse.reshape(B, T, N)
+        return combine(p, fold(self.values(layer, row))).reshape(B, T, N, H), lse.reshape(B, T, N)
+
+    def values(self, layer: Shadow, row_BKM: jax.Array) -> jax.Array:
+        return rows_from_host(layer.v_BKSH, row_BKM) if self.host else take_rows(layer.v_BKSH, row_BKM)
+
+    def place(self, layers: tuple[Shadow, ...]) -> tuple[Shadow, ...]:
+        return tuple(layer.replace(v_BKSH=place(layer.v_BKSH)) for layer in layers) if self.host else layers
+
+    def bytes_moved(self, layer: Shadow, here: Here) -> int:
+        if not self.host:
+            return 0
+        B, K, S, H = layer.v_BKSH.shape
+        return B * K * min(self.chunks_read(S) * self.chunk_rows, S) * H * layer.v_BKSH.dtype.itemsize
 
     def kept(self, layer: Shadow) -> jax.Array:
         """The rows kept in full; every other row can still be read through its chunk."""

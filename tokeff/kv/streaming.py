@@ -75,6 +75,8 @@ class LambdaShaped(Keep):
 
     def check(self, cfg, length: int) -> None:
         super().check(cfg, length)
+        if isinstance(self.sinks, float):
+            raise UserError(f"sinks={self.sinks} is a share, and these sinks are turned one by one; give a number of rows")
         window = most_rows(self.budget, length) - self.sinks
         if self.cap is not None and self.cap < window:
             raise UserError(f"cap {self.cap} is shorter than the window of {window} rows; raise it, or give None for the window's length")

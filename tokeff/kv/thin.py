@@ -61,6 +61,9 @@ class Thin(Policy):
     def role(self, layer: int):
         return self.rule.role(layer)
 
+    def squeeze(self, rows: Prefilled, here: Here) -> Prefilled:
+        return self.rule.squeeze(rows, here)
+
     def pack_layer(self, rows: Prefilled, room: Room, here: Here) -> Thinned:
         kept: Rows = self.rule.pack_layer(rows, Room(0), here)
         old_B = jnp.maximum(kept.live_B - self.window, 0)

@@ -49,7 +49,7 @@ def flash(
     v_BKCH: jax.Array,
     lo_BT: jax.Array,
     hi_BT: jax.Array,
-    order_BC: jax.Array,
+    order_BKC: jax.Array,
     *,
     scale: float,
     softcap: float = 0.0,
@@ -58,7 +58,7 @@ def flash(
     segment: int = 256,
     size: int = 128,
 ) -> tuple[jax.Array, jax.Array]:
-    """(out_BTNH, lse_BTN): each query reads the rows whose order lies in [lo, hi].
+    """(out_BTNH, lse_BTN): each query reads the rows whose order lies in [lo, hi]. order_BKC is (B, 1, C) where heads hold the same rows.
 
     `first`: query t stands at stored row `first + t`, so rows after its segment, and those more than `window` before it, are not
     even touched; None when the queries are an arbitrary subset. Segments are static because their rows differ in number; within
@@ -71,7 +71,7 @@ def flash(
         b = min(a + segment, T)
         end = C if first is None else min(first + b, C)
         start = 0 if first is None or window is None else max(first + a - window + 1, 0)
-        stored = (k_BKCH[:, :, start:end], v_BKCH[:, :, start:end], order_BC[:, start:end])
+        stored = (k_BKCH[:, :, start:end], v_BKCH[:, :, start:end], order_BKC[:, :, start:end])
         asked = (q_BTNH[:, a:b], lo_BT[:, a:b], hi_BT[:, a:b])
         parts.append(_by_blocks(asked, stored, scale, softcap, size))
     return jnp.concatenate([out for out, _ in parts], axis=1), jnp.concatenate([lse for _, lse in parts], axis=1)
@@ -90,10 +90,11 @@ def _by_blocks(asked, stored, scale: float, softcap: float, size: int) -> tuple[
 
 def _block(asked, stored, scale: float, softcap: float) -> tuple[jax.Array, jax.Array]:
     """(out_BTNH, lse_BTN) of one block of queries over the rows it may see."""
-    (q_BTNH, lo_BT, hi_BT), (k_BKCH, v_BKCH, order_BC) = asked, stored
+    (q_BTNH, lo_BT, hi_BT), (k_BKCH, v_BKCH, order_BKC) = asked, stored
     B, T, N, _ = q_BTNH.shape
-    seen = (order_BC[:, None] >= lo_BT[..., None]) & (order_BC[:, None] <= hi_BT[..., None])
-    logits = jnp.where(seen[:, None, None], scores(q_BTNH, k_BKCH, scale, softcap), NEG)
+    order = order_BKC[:, :, None]
+    seen = (order >= lo_BT[:, None, :, None]) & (order <= hi_BT[:, None, :, None])
+    logits = jnp.where(seen[:, :, None], scores(q_BTNH, k_BKCH, scale, softcap), NEG)
     top = logits.max(axis=-1)
     e = jnp.exp(logits - top[..., None])
     total = e.sum(axis=-1)

@@ -20,6 +20,7 @@ class Flow(struct.PyTreeNode):
     order_BT: place in the sequence; unique, causal, EMPTY for padding. angle_BT: rotary position; may differ from order.
     hi_BT: the largest stored order this row may read (its own order for certain rows, the last committed one for drafts).
     among_BTT: which rows of this same call each row reads as drafts (tree ancestors and itself); None = every row is certain.
+    id_BT: the token of each row, EMPTY for padding, for methods that read the text; None where rows are not of tokens.
     """
 
     x_BTD: jax.Array
@@ -27,6 +28,7 @@ class Flow(struct.PyTreeNode):
     angle_BT: jax.Array
     hi_BT: jax.Array
     among_BTT: jax.Array | None = None
+    id_BT: jax.Array | None = None
 
     def take(self, index_BM: jax.Array) -> Flow:
         """The chosen rows (index EMPTY = no row). Only certain rows can be chosen from."""
@@ -41,6 +43,7 @@ class Flow(struct.PyTreeNode):
             jnp.where(gone, EMPTY, pick(self.order_BT)),
             pick(self.angle_BT),
             jnp.where(gone, EMPTY, pick(self.hi_BT)),
+            id_BT=None if self.id_BT is None else jnp.where(gone, EMPTY, pick(self.id_BT)),
         )
 
 

@@ -69,7 +69,8 @@ def embed(params: Params, cfg: Config, tokens_BT: jax.Array, order_BT: jax.Array
     if cfg.embed_scale != 1.0:
         x = x * jnp.asarray(cfg.embed_scale, x.dtype)
     angle = order_BT if angle_BT is None else angle_BT
-    return Flow(x, order_BT, jnp.maximum(angle, 0), order_BT)
+    ids = jnp.where(order_BT == EMPTY, EMPTY, tokens_BT)
+    return Flow(x, order_BT, jnp.maximum(angle, 0), order_BT, id_BT=ids)
 
 
 def unembed(params: Params, cfg: Config, x_BMD: jax.Array) -> jax.Array:

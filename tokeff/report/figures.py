@@ -32,4 +32,16 @@ class Bars:
     reference: str = "full"
 
 
-Figure = Scatter | Lines | Bars
+@dataclasses.dataclass(frozen=True)
+class Curves:
+    """One line a method through its budgets, `y` against `x`, a few methods a panel, from the best to the worst."""
+
+    x: str
+    y: str
+    title: str = ""
+    log_y: bool = False
+    high: bool = False
+    """Larger is better."""
+
+
+Figure = Scatter | Lines | Bars | Curves

@@ -13,7 +13,8 @@ from matplotlib.figure import Figure as Drawing
 from matplotlib.ticker import FuncFormatter, PercentFormatter, ScalarFormatter
 
 from tokeff.report import labels
-from tokeff.report.figures import Bars, Figure, Lines, Scatter
+from tokeff.report.curves import draw_curves
+from tokeff.report.figures import Bars, Curves, Figure, Lines, Scatter
 from tokeff.report.kept import Kept
 from tokeff.report.table import clean, interval, is_method, number
 
@@ -32,6 +33,7 @@ AXES = {
     "kl": "KL to the full cache, nats (lower is better)",
     "loss": "loss on held-out text, nats a token (lower is better)",
     "answer_logprob": "log-likelihood of the right answer (higher is better)",
+    "later_logprob": "log-likelihood of the right answer, asked later (higher is better)",
     "top1_agree": "next token agrees with the full cache (higher is better)",
     "decode_tok_s": "tokens decoded a second",
     "tokens_per_pass": "tokens committed by one forward pass",
@@ -77,6 +79,9 @@ def draw(rows: Sequence[dict[str, Any]], figure: Figure) -> Image | None:
             return _lines(_having(rows, figure.x, figure.y), figure)
         case Bars():
             return _bars(_having(rows, figure.y), figure)
+        case Curves():
+            drawing = draw_curves(_having(rows, figure.x, figure.y), figure, AXES, PERCENT)
+            return drawing and _image(drawing, f"{figure.y}-{figure.x}-curves", figure.title, wide=True)
 
 
 def _having(rows: Sequence[dict[str, Any]], *names: str) -> list[dict[str, Any]]:

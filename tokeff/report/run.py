@@ -27,7 +27,7 @@ def run(config: Config, out: str | os.PathLike[str], *, fresh: bool = False, arg
     """
     experiment = config.experiment
     experiment.check()
-    keys, text = unique(list(experiment.keys()), experiment.name), config_text(experiment)
+    keys, text = unique(list(experiment.keys()), experiment.name), config_text(experiment.identity())
     folder = RunFolder(out)
     folder.check_writable()
     about = {"about": config.about, "file": config.path.as_posix(), "experiment": config_json(experiment)}
@@ -36,7 +36,7 @@ def run(config: Config, out: str | os.PathLike[str], *, fresh: bool = False, arg
         if fresh:
             folder.clear()
         folder.start(text, about, where)
-        done = {row["key"] for row in folder.rows()}
+        done = {row["key"] for row in folder.rows() if experiment.stands(row)}
         with folder.appending() as appender:
             _measure(experiment, keys, done, appender, {"commit": where["commit"], "dirty": where["dirty"]})
         finish(folder, experiment, keys)
@@ -76,7 +76,7 @@ def _measure(experiment, keys: list[str], done: set[str], appender, stamp: dict[
 
 def finish(folder: RunFolder, experiment, keys: Sequence[str]) -> None:
     """Write table, plots and report from the rows in the folder."""
-    by_key = {row["key"]: row for row in folder.rows()}
+    by_key = {row["key"]: row for row in folder.rows() if experiment.stands(row)}
     rows = list(experiment.summary([by_key[key] for key in keys if key in by_key]))
     with waiting("drawing the report"):
         shown = table.build(rows)

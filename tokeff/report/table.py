@@ -94,7 +94,7 @@ def one(value: float, name: str) -> str:
     """Write one bare value of a column: ratios as percentages, counts whole."""
     if name in ("held", "read", "peak", "top1_agree", "greedy_match"):
         return f"{100 * value:.1f}%"
-    return f"{value:g}" if name == "needles_exact" else digits(value)
+    return f"{value:g}" if name in ("needles_exact", "later_exact") else digits(value)
 
 
 def percent(row: dict[str, Any], name: str) -> str:
@@ -172,6 +172,8 @@ COLUMNS = (
     Column("context", "context", plain),
     Column("needles_exact", "needles", count, "needles: answers with every token right when teacher-forced, of n"),
     Column("answer_logprob", "answer log p", significant, "answer log p: mean log-likelihood of the right answer"),
+    Column("later_exact", "asked later", count, "asked later: the same questions, put to the context after it was compressed"),
+    Column("later_logprob", "later log p", significant, "later log p: answer log p of questions asked later"),
     Column("loss", "loss", significant, "loss: nats a token on held-out text"),
     Column("kl", "KL to full", significant, "KL to full: of the next-token distribution, in nats, full cache as truth"),
     Column("top1_agree", "top-1", share, "top-1: share of next tokens that agree with the full cache's first choice"),
@@ -181,6 +183,10 @@ COLUMNS = (
     Column("peak", "peak", percent, "peak: memory of the compiled program / bytes of a full cache"),
     Column("prefill_s", "prefill", significant, "prefill: seconds, after warm-up"),
     Column("decode_tok_s", "tok/s", significant, "tok/s: tokens decoded a second, after warm-up"),
+    Column("of_dense", "of dense", significant, "of dense: speed as a multiple of dense decoding's, the two timed in turns"),
+    Column("of_floor", "of floor", significant, "of floor: speed as a share of what reading weights and cache once would allow"),
+    Column("overhead_ms", "overhead ms", significant, "overhead ms: of a step, beyond one that reads as many rows and decides nothing"),
+    Column("pays_from", "pays from", plain, "pays from: the context from which a step is faster than dense decoding's (straight lines)"),
     Column("tokens_per_pass", "tok/pass", significant, "tok/pass: tokens committed by one forward pass"),
     Column("note", "note", remark, right=False),
 )

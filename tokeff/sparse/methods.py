@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from tokeff.kv.budget import Budget
 from tokeff.sparse.exact import TopMass, TopScores, Vote
+from tokeff.sparse.flex import Flex
 from tokeff.sparse.hip import Halving
 from tokeff.sparse.infllm import OneDistance, Representatives
 from tokeff.sparse.labels import Channels, Labels
@@ -15,6 +16,8 @@ from tokeff.sparse.pages import MinMax
 from tokeff.sparse.patterns import AShape, Chunks, PerHead, Strided, TopBlocks, VerticalSlash
 from tokeff.sparse.read import Read
 from tokeff.sparse.reuse import Every, WhileSimilar
+from tokeff.sparse.sentencekv import BySentence, SentenceKV
+from tokeff.sparse.sentences import Breaks
 
 Heads = tuple[tuple[int, ...], ...]  # kv heads of each layer
 
@@ -73,7 +76,8 @@ def infllm(
     is not recent stands at one distance.
 
     One set of blocks for a layer, chosen for each query (in decoding the paper's execution block is one row). The prompt is read densely;
-    nothing is moved to another memory. `paper`: page=128, count=4, sinks=128, recent=4096 and 16 blocks, so budget=6272.
+    nothing is moved to another memory. `paper`: page=128, count=4, sinks=128, recent=4096 and 16 blocks, so budget=6400: recent rows
+    that begin inside a page take one page more.
     """
     return OneDistance(budget, Representatives(page, count), dense, recent=recent, sinks=sinks)
 
@@ -129,6 +133,20 @@ def tokenselect(
     return Read(budget, Vote(), dense, recent=recent, sinks=sinks, reuse=None if cosine is None else WhileSimilar(cosine))
 
 
+def sentencekv(
+    budget: Budget = 0.125, factor: float = 3.0, ends: tuple[int, ...] | None = None, sinks: int = 8, recent: int = 16,
+    window: int = 32, kernel: int = 7, cell: int = 16, longest: int = 64,
+) -> SentenceKV:  # fmt: skip
+    """SentenceKV (Zhu et al. 2025): `factor` times the budget is kept as SnapKV would, and whole sentences of it are read.
+
+    ends: the tokens that end a sentence; None takes those that `tokeff.sparse.sentences.sentence_ends` finds in the vocabulary. cell: of
+    the ends in so many places of the text the first counts, which bounds the number of sentences; longest: longer ones are split. The
+    paper moves what it does not read to other memory; here it counts as held. `paper`: budget=1024, sinks=32, recent=32, factor=3 (5 in
+    the code).
+    """
+    return SentenceKV(budget, BySentence(Breaks(ends, cell, longest)), (), None, recent, sinks, factor=factor, window=window, kernel=kernel)
+
+
 def top_k_oracle(budget: Budget = 0.125, dense: tuple[int, ...] = (), recent: int = 16) -> Read:
     """Reference point: every layer reads the rows that get the most attention. All keys are read to find them; they count."""
     return Read(budget, TopMass(), dense, recent=recent)
@@ -176,15 +194,26 @@ def chunk_prefill(size: int = 2, previous: int = 1, first: int = 1, dense: int =
 
 def minference(
     vertical: int = 96, slash: int = 3, top: int = 8, sinks: int = 16, window: int = 256, dense: int = 64, block: int = 64,
-    heads: tuple[tuple[int, ...], ...] = (),
+    heads: tuple[tuple[int, ...], ...] = (), first: int | None = None,
 ) -> VerticalSlash | PerHead:  # fmt: skip
     """MInference (Jiang et al. 2024): vertical-slash, A-shape or block-sparse, chosen offline for each head.
 
     heads: 0, 1 or 2 for each layer and kv head, from `tokeff.sparse.search.search(model, text)`; none given takes vertical-slash
-    everywhere, which the paper's search prefers for most heads. Patterns belong to kv heads here, to query heads there. `paper`:
-    vertical=1000, slash=6096 diagonals (here bundles of `block`: 95), top=100, sinks=128, window=3968, dense=0.
+    everywhere, which the paper's search prefers for most heads. Patterns belong to kv heads here, to query heads there. first: columns
+    that vertical-slash reads in any case, None for as many as `sinks`. `paper`: vertical=1000 with first=30, slash=6096 diagonals (here
+    bundles of `block`, rounded up: 96), top=100, sinks=128, window=3968, dense=0.
     """
-    columns = VerticalSlash(block, dense, vertical, slash, first=min(sinks, vertical))
+    columns = VerticalSlash(block, dense, vertical, slash, first=min(sinks if first is None else first, vertical))
     if not heads:
         return columns
     return PerHead(block, dense, (columns, AShape(block, 0, sinks, window), TopBlocks(block, 0, top)), heads)
+
+
+def flexprefill(gamma: float = 0.9, tau: float = 0.1, most: int = 16, vertical: int = 256, dense: int = 64, block: int = 64) -> Flex:
+    """FlexPrefill (Lai et al. 2025): each head reads what holds a share `gamma` of its attention, by columns and diagonals or, where the
+    mean query predicts it, by ranked blocks.
+
+    most, vertical: bounds on the blocks and single rows that a block of queries reads; shapes are fixed, so the time is theirs.
+    `paper`: block=128, dense=0, and a minimum of 1024 rows where these are upper bounds.
+    """
+    return Flex(block, dense, gamma, tau, most, vertical)

@@ -16,6 +16,7 @@ from flax import struct
 
 from tokeff.errors import UserError
 from tokeff.kv.cache import take_rows
+from tokeff.kv.evidence import Evidence
 from tokeff.models.attention import NEG, combine, flash, scores
 from tokeff.models.flow import EMPTY, Flow, Here
 from tokeff.sharding import top_k
@@ -29,6 +30,11 @@ class Reading(struct.PyTreeNode):
 
     block_BKQM: jax.Array
     row_BKM: jax.Array | None = None
+
+    @property
+    def count_BKQ(self) -> jax.Array:
+        """How many blocks each block of queries reads. The rest of M are places without a block: M bounds time and memory."""
+        return (self.block_BKQM != EMPTY).sum(axis=-1)
 
 
 class Rows(struct.PyTreeNode):
@@ -51,6 +57,7 @@ class Pattern:
     block: int = 64
     dense: int = 0
     whole_prompt: ClassVar[bool] = False  # ranks by the prompt's last rows, so it cannot come in chunks
+    own_pass: ClassVar[bool] = False  # its rows come into being in another way than one pass over all of them: `fill` makes the prompt
 
     def check(self, cfg: Any, length: int) -> None:
         """Raise UserError for settings that cannot work."""
@@ -62,6 +69,10 @@ class Pattern:
         return None
 
     def choose(self, rows: Rows, here: Here) -> Reading:
+        raise NotImplementedError
+
+    def fill(self, params, cfg, tokens_BT: jax.Array, length_B: jax.Array, evidence: tuple[Evidence, ...], dtype: str) -> Any:
+        """The `tokeff.kv.prefill.Prompt` of right-padded tokens with this evidence, where `own_pass` is set."""
         raise NotImplementedError
 
     def sees(self, order_BT1: jax.Array, order_BK1M: jax.Array, here: Here) -> jax.Array | bool:
@@ -86,7 +97,7 @@ def over_last(rows: Rows, dense: int, out, lse, here: Here) -> tuple[jax.Array, 
 
     order = pick(rows.ask.order_BT)
     exact, exact_lse = flash(
-        pick(rows.q_BTNH), rows.k_BKSH, rows.v_BKSH, here.lo(order), pick(rows.ask.hi_BT), rows.order_BS,
+        pick(rows.q_BTNH), rows.k_BKSH, rows.v_BKSH, here.lo(order), pick(rows.ask.hi_BT), rows.order_BS[:, None],
         scale=here.cfg.scale, softcap=here.cfg.softcap,
     )  # fmt: skip
     last = (order >= rows.length_B[:, None] - dense)[..., None]

@@ -118,17 +118,19 @@ class TopBlocks(Pattern):
 def pooled_scores(rows: Rows, R: int) -> jax.Array:
     """score_BKQP: mean query of each block (over its rows and the group) times mean key of each block; -inf ahead."""
 
-    def mean(x_BTx, valid_BT):
-        x, n = (pad_rows(y, R, 1) for y in (jnp.where(valid_BT[..., None, None], x_BTx, 0), valid_BT.astype(jnp.float32)))
-        n = n.reshape(n.shape[0], -1, R).sum(axis=-1)
-        return x.reshape(x.shape[0], -1, R, *x.shape[2:]).sum(axis=2) / jnp.maximum(n, 1)[..., None, None]
-
-    B, T, N, H = rows.q_BTNH.shape
-    K = rows.k_BKSH.shape[1]
-    q_BQKH = mean(rows.q_BTNH, rows.ask.order_BT != EMPTY).reshape(B, -1, K, N // K, H).mean(axis=3)
-    k_BPKH = mean(rows.k_BKSH.swapaxes(1, 2), rows.order_BS != EMPTY)
+    q_BQNH, _ = block_means(rows.q_BTNH, rows.ask.order_BT != EMPTY, R)
+    k_BPKH, _ = block_means(rows.k_BKSH.swapaxes(1, 2), rows.order_BS != EMPTY, R)
+    B, Q, N, H = q_BQNH.shape
+    q_BQKH = q_BQNH.reshape(B, Q, k_BPKH.shape[2], -1, H).mean(axis=3)
     score = jnp.einsum("bqkh,bpkh->bkqp", q_BQKH, k_BPKH)
     return jnp.where(jnp.arange(score.shape[-1]) <= own_blocks(rows, R)[:, None], score, -jnp.inf)
+
+
+def block_means(x_BTNH: jax.Array, there_BT: jax.Array, R: int) -> tuple[jax.Array, jax.Array]:
+    """(mean_BQNH, there_BQ): each head's mean over the rows of a block that are there, and whether any is."""
+    x, n = (pad_rows(y, R, 1) for y in (jnp.where(there_BT[..., None, None], x_BTNH, 0), there_BT.astype(jnp.float32)))
+    n = n.reshape(n.shape[0], -1, R).sum(axis=-1)
+    return x.reshape(x.shape[0], -1, R, *x.shape[2:]).sum(axis=2) / jnp.maximum(n, 1)[..., None, None], n > 0
 
 
 @dataclass(frozen=True)
@@ -159,10 +161,7 @@ class VerticalSlash(Pattern):
         column = jnp.where(rows.order_BS[:, None] < self.first, jnp.inf, p_BKWS.sum(axis=2))
         column = jnp.where(rows.order_BS[:, None] == EMPTY, -jnp.inf, column)
         value, row = top_k(column, min(self.vertical, S), "BKS")
-        bundle = jnp.where(back_BWS < 0, P, back_BWS // R).reshape(B, -1)
-        add = jax.vmap(jax.vmap(lambda p, s: jax.ops.segment_sum(p, s, num_segments=P), (0, None)))
-        diagonal = add(p_BKWS.reshape(B, K, -1), bundle).at[..., 0].set(jnp.inf)
-        _, chosen = top_k(diagonal, min(self.slash, P), "BKP")
+        _, chosen = top_k(diagonals(p_BKWS, back_BWS, R).at[..., 0].set(jnp.inf), min(self.slash, P), "BKP")
         wanted = jnp.zeros((B, K, P + 1), bool)
         wanted = jax.vmap(jax.vmap(lambda w, c: w.at[c].set(True).at[c + 1].set(True)))(wanted, chosen)[..., :P]
         M = min(2 * self.slash, P)
@@ -171,14 +170,27 @@ class VerticalSlash(Pattern):
         return Reading(tidy(block, own), jnp.where(value == -jnp.inf, EMPTY, row))
 
 
+def last_rows(rows: Rows, last: int) -> tuple[jax.Array, jax.Array]:
+    """(q_BWNH, order_BW) of each prompt's last rows, the last one first; EMPTY where it has fewer."""
+    order, at = top_k(rows.ask.order_BT, min(last, rows.q_BTNH.shape[1]), "BT")
+    return jnp.take_along_axis(rows.q_BTNH, at[..., None, None], axis=1), order
+
+
 def last_attention(rows: Rows, last: int, here: Here) -> tuple[jax.Array, jax.Array]:
     """(p_BKWS, back_BWS): attention of each prompt's last rows, summed over the group, and how far back each stored row lies."""
-    order, at = top_k(rows.ask.order_BT, min(last, rows.q_BTNH.shape[1]), "BT")
-    q = jnp.take_along_axis(rows.q_BTNH, at[..., None, None], axis=1)
+    q, order = last_rows(rows, last)
     back = jnp.where(rows.order_BS[:, None] == EMPTY, -1, order[..., None] - rows.order_BS[:, None])
     seen = ((back >= 0) & (rows.order_BS[:, None] >= here.lo(order)[..., None]) & (order != EMPTY)[..., None])[:, None, None]
     logits = jnp.where(seen, scores(q, rows.k_BKSH, here.cfg.scale, here.cfg.softcap), NEG)
     return jnp.where(seen, jax.nn.softmax(logits, axis=-1), 0.0).sum(axis=2), back
+
+
+def diagonals(p_BKWS: jax.Array, back_BWS: jax.Array, R: int) -> jax.Array:
+    """sum_BKP of the attention that lies R*d to R*d + R-1 rows back, in bundle d."""
+    (B, K, *_), P = p_BKWS.shape, -(-p_BKWS.shape[-1] // R)
+    bundle = jnp.where(back_BWS < 0, P, back_BWS // R).reshape(B, -1)
+    add = jax.vmap(jax.vmap(lambda p, s: jax.ops.segment_sum(p, s, num_segments=P), (0, None)))
+    return add(p_BKWS.reshape(B, K, -1), bundle)
 
 
 @dataclass(frozen=True)

@@ -106,7 +106,7 @@ class Read(Full):
     def pack_layer(self, rows: Prefilled, room: Room, here: Here) -> Readable:  # type: ignore[override]
         store = super().pack_layer(rows, room, here)
         # The length of the prompt, not of what a pass let through: every layer reads the same number of rows.
-        far, far_B = self.far(most_rows(self.budget, rows.order_BS.shape[1])), self.far(rows_of(self.budget, rows.length_B))
+        far, far_B = self.far(most_rows(self.budget, rows.order_BKS.shape[2])), self.far(rows_of(self.budget, rows.length_B))
         if self.whole:
             far = pages_of(store.capacity, self.selector.size)
             far_B = jnp.full_like(far_B, far)

@@ -27,8 +27,9 @@ def head_errors(w, flow, length_B, *, pattern: Pattern, here: Here) -> jax.Array
     q, k = (here.rotate(x, flow.angle_BT[:, :, None]).astype(x.dtype) for x in (q, k))
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
     exact, _ = flash(
-        q, k, v, here.lo(flow.order_BT), flow.hi_BT, flow.order_BT, scale=cfg.scale, softcap=cfg.softcap, first=0, window=here.window
-    )
+        q, k, v, here.lo(flow.order_BT), flow.hi_BT, flow.order_BT[:, None], scale=cfg.scale, softcap=cfg.softcap, first=0,
+        window=here.window,
+    )  # fmt: skip
     sparse, _ = pattern.attend(q, k, v, flow.order_BT, flow, length_B, 0, here)
     missed = jnp.square(sparse - exact).astype(jnp.float32).sum(axis=-1) * (flow.order_BT >= 0)[..., None]
     B, T, N = missed.shape

@@ -1,0 +1,86 @@
+"""Reading a long prompt in bounded memory: piece by piece, and between two pieces the policy lets rows go.
+
+What a layer holds is then never more than its budget and one piece, however long the prompt is. It is another rule than ranking a
+prompt that is there as a whole: a row that is dropped early cannot come back, and later rows are computed without it. Policies that
+hold every row (`Policy.squeeze` gives all of them back) are read exactly, in the memory that this takes.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from tokeff.errors import UserError
+from tokeff.kv.evidence import Evidence
+from tokeff.kv.policy import Policy, Prefilled
+from tokeff.kv.prefill import Gather, Prompt, alike, blank, close_gaps, last_logits, run_layers
+from tokeff.models.config import Config, Params
+from tokeff.models.flow import Here
+from tokeff.models.transformer import embed, last_row, orders
+
+
+def check_bounded(piece: int | None, policy: Policy, cut, pattern) -> None:
+    """Refuse what needs the whole prompt at once."""
+    if piece is None:
+        return
+    if piece < 1:
+        raise UserError(f"bounded={piece} reads no token at a time; give 1 or more, or leave it out")
+    if cut is not None:
+        raise UserError(f"{type(cut).__name__} ranks the whole prompt at layer {cut.layer}; read it without bounded")
+    if pattern is not None:
+        raise UserError(f"{type(pattern).__name__} reads blocks of a whole prompt; leave out bounded or prefill")
+    for kind in policy.needs():
+        if type(kind).revisit is not Evidence.revisit:
+            raise UserError(f"{type(kind).__name__} reads the whole prompt again at its end; read it without bounded")
+
+
+def prefill_bounded(
+    params: Params, cfg: Config, tokens_BT: jax.Array, length_B: jax.Array, policy: Policy, *, piece: int,
+    evidence: tuple[Evidence, ...] = (), dtype: str,
+) -> Prompt:  # fmt: skip
+    """`prefill` in pieces of `piece` tokens, with `policy.squeeze` between them. Heads then hold different rows.
+
+    Each piece is to its own end what a prompt is to its end: a window of last queries is that of the piece. A share as a budget is one of
+    the whole prompt from the first piece on.
+    """
+    B, T = tokens_BT.shape
+    order = orders(length_B, T)
+    layers = tuple(rows.replace(whole_B=length_B, whole=T) for rows in blank(cfg, B, jnp.zeros_like(length_B), dtype))
+    gather, x_B1D = Gather(tuple(evidence), gaps=True), None
+    for a in range(0, T, piece):
+        part = slice(a, min(a + piece, T))
+        layers = tuple(arrive(layer, jnp.minimum(length_B, part.stop)) for layer in layers)
+        flow, layers = run_layers(
+            params, cfg, embed(params, cfg, tokens_BT[:, part], order[:, part]), layers, policy=gather,
+            then=None if part.stop == T else partial(squeeze_one, policy, cfg),
+        )  # fmt: skip
+        ends = (length_B > part.start)[:, None, None]
+        x_B1D = last_row(flow) if x_B1D is None else jnp.where(ends, last_row(flow), x_B1D)
+    assert x_B1D is not None
+    layers = tuple(close_gaps(layer) for layer in layers)
+    return Prompt(layers, tokens_BT, length_B, length_B, last_logits(params, cfg, x_B1D))
+
+
+def arrive(layer: Prefilled, length_B: jax.Array) -> Prefilled:
+    """A layer whose prompt goes on to this length. Evidence of the last rows begins anew where rows come; elsewhere these stay the last."""
+    more_B = length_B - layer.length_B
+
+    def kept(kind: Evidence, value):
+        longer = kind.longer(value, more_B)
+        if longer is not None:
+            return longer
+        return jax.tree.map(lambda x: jnp.where((more_B > 0).reshape(-1, *(1,) * (x.ndim - 1)), 0, x), value)
+
+    return layer.replace(length_B=length_B, evidence_BKS={a: kept(a, x) for a, x in layer.evidence_BKS.items()})
+
+
+def squeeze_one(policy: Policy, cfg: Config, i: int, rows: Prefilled) -> Prefilled:
+    """What the policy lets layer i hold between pieces."""
+    return _squeeze(rows, policy=policy, here=Here(alike(policy, None, cfg, i), cfg))
+
+
+@partial(jax.jit, static_argnames=("policy", "here"))
+def _squeeze(rows: Prefilled, *, policy: Policy, here: Here) -> Prefilled:
+    return policy.squeeze(close_gaps(rows), here)

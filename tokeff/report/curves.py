@@ -1,0 +1,81 @@
+"""Many methods at several budgets: a line a method, a few methods a panel, all others behind them in grey."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Drawing
+from matplotlib.ticker import FuncFormatter, PercentFormatter
+
+from tokeff.report.figures import Curves
+from tokeff.report.table import clean, number
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+MARKERS = "os^DvP"
+IN_A_PANEL = len(COLOURS)
+TICKS = (0.05, 0.1, 0.25, 0.5, 1.0)
+BEHIND = ("Random", "Recent")
+"""Baselines that every panel shows."""
+
+
+def draw_curves(rows: Sequence[dict[str, Any]], figure: Curves, names: dict[str, str], percent: Sequence[str]) -> Drawing | None:
+    """Panels of methods from the best to the worst, at the context length with the most rows; None where no method has two budgets."""
+    lengths = [number(row.get("context")) or 0 for row in rows]
+    longest = max(lengths, key=lengths.count, default=0)
+    rows = [row for row, length in zip(rows, lengths) if length == longest]
+    lines = {name: line(rows, name, figure) for name in dict.fromkeys(row["method"] for row in rows)}
+    lines = {name: xy for name, xy in lines.items() if len(xy[0]) > 1}
+    shown = sorted((name for name in lines if name not in BEHIND), key=lambda name: standing(lines[name], figure), reverse=figure.high)
+    if not shown:
+        return None
+    groups = [shown[i : i + IN_A_PANEL] for i in range(0, len(shown), IN_A_PANEL)]
+    across = min(3, len(groups))
+    down = math.ceil(len(groups) / across)
+    drawing = Drawing(figsize=(4.6 * across, 3.9 * down), dpi=144, layout="constrained")
+    panels = drawing.subplots(down, across, squeeze=False, sharex=True, sharey=True).ravel()
+    for panel in panels[len(groups) :]:
+        panel.set_axis_off()
+    for panel, group in zip(panels, groups):
+        draw_panel(panel, lines, group, figure)
+    for panel in panels[: len(groups)]:
+        panel.set_xlabel(names.get(figure.x, figure.x), fontsize=8)
+        if figure.x in percent:
+            panel.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    for panel in panels[::across]:
+        panel.set_ylabel(names.get(figure.y, figure.y), fontsize=8)
+    return drawing
+
+
+def line(rows: Sequence[dict[str, Any]], method: str, figure: Curves) -> tuple[np.ndarray, np.ndarray]:
+    """(x, y) of a method's rows, by x."""
+    points = sorted((number(row[figure.x]) or 0.0, number(row[figure.y]) or 0.0) for row in rows if row["method"] == method)
+    return np.array([x for x, _ in points]), np.array([y for _, y in points])
+
+
+def standing(xy: tuple[np.ndarray, np.ndarray], figure: Curves) -> float:
+    """How good a line is: its mean height, on the scale it is drawn in."""
+    y = np.log(np.maximum(xy[1], 1e-6)) if figure.log_y else xy[1]
+    return float(y.mean())
+
+
+def draw_panel(panel: Axes, lines: dict[str, tuple[np.ndarray, np.ndarray]], group: Sequence[str], figure: Curves) -> None:
+    """The lines of a group, over all others."""
+    for name, (x, y) in lines.items():
+        if name not in group and name not in BEHIND:
+            panel.plot(x, y, "-", color="#dddddd", linewidth=0.7, zorder=1)
+    for name, dash in zip(BEHIND, ("--", ":")):
+        if name in lines:
+            panel.plot(*lines[name], dash, color="#555555", linewidth=1.2, zorder=2, label=clean(name))
+    for name, colour, marker in zip(group, COLOURS, MARKERS):
+        look: dict[str, Any] = dict(color=colour, linewidth=1.6, markersize=5, markeredgecolor="white", zorder=3, label=clean(name))
+        panel.plot(*lines[name], marker + "-", **look)
+    panel.set_xscale("log", base=2)
+    panel.set_xticks(TICKS)
+    panel.set_xlim(0.04, 1.15)
+    panel.minorticks_off()
+    if figure.log_y:
+        panel.set_yscale("log")
+        panel.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    panel.legend(fontsize=7.5, loc="best", handlelength=1.6, labelspacing=0.25)
