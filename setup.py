@@ -17,7 +17,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["tokeff", "tokeff.*"]),
     package_data={
-        "tokeff": ["py.typed"],
+        "tokeff": ["py.typed", "calibrated/*.json"],
         "tokeff.data": ["text/*"],
         "tokeff.report": ["*.j2"],
         "tokeff.kernels": ["README.md"],

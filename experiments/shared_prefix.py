@@ -5,8 +5,8 @@
 Claim: with Hydragen the bytes of a decode step no longer grow with the batch times the prefix. Both programs decode the same
 tokens from the same prefill, for sequences that were forked from one context and asked different questions; rounds take turns, each
 starting with the other one. `bytes` are all arrays of the caches, `peak` what the compiled loop needs beside the weights. Tokens a
-second are those of the whole batch: the median round. The load average of the machine stands beside them: only compare figures of a quiet
-machine.
+second are those of the whole batch: of the median round, and of the fastest. `load` is the machine's load average at the end of a row's
+rounds: above the number of cores, other programs took part of it.
 Writes experiments/results/shared_prefix.json.
 """
 
@@ -75,7 +75,8 @@ def measure(m: Model, prompt, ids: list[int], B: int, rounds: int) -> dict[str, 
         timers[name] = timer
     seconds = interleave(timers, rounds, f"{B} sequences")
     for name in POLICIES:
-        row[name]["tokens_per_s"] = B * (NEW - 1) / median(seconds[name])
+        row[name] |= {"tokens_per_s": B * (NEW - 1) / median(seconds[name]), "fastest": B * (NEW - 1) / min(seconds[name])}
+    row["load"] = os.getloadavg()[0]
     row["speedup"] = ratio(seconds["copied"], seconds["shared"])
     row["same_text"] = float(np.mean([a == b for a, b in zip(texts["copied"], texts["shared"], strict=True)]))
     return row
@@ -87,13 +88,12 @@ def main() -> None:
     p.add_argument("--rounds", type=int, default=5)
     p.add_argument("--out", type=Path, default=RESULTS / "shared_prefix.json")
     known = p.parse_args()
-    load = os.getloadavg()[0]
     m = tokeff.load("smollm2-135m")
     text = tasks.perplexity(0, PREFIX + 1024, encoder(m.tok), source=sources.PROSE).context
     ids = list(encoder(m.tok)(text))
     prompt = read(m, [ids[:PREFIX]], Setup())
     rows = [measure(m, prompt, ids[PREFIX:], B, known.rounds) for B in known.batches]
-    about = {"command": "python experiments/shared_prefix.py", "load_before": load, "load_after": os.getloadavg()[0]}
+    about = {"command": "python experiments/shared_prefix.py"}
     settings = {"model": m.name, "prefix": PREFIX, "question": QUESTION, "new": NEW, "rounds": known.rounds}
     known.out.write_text(json.dumps({"environment": describe([]) | about, **settings, "rows": rows}, indent=1) + "\n")
     for row in rows:

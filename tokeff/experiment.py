@@ -51,6 +51,10 @@ class Experiment(abc.ABC):
     def check(self) -> None:  # noqa: B027 (most experiments have nothing to refuse)
         """Raise `UserError` for settings that cannot work. Called before anything is written or loaded."""
 
+    def settled(self) -> "Experiment":
+        """Return it with what it leaves open decided. Called once, before `check`; what comes out is what is measured and recorded."""
+        return self
+
     @abc.abstractmethod
     def keys(self) -> Iterable[str]:
         """Return the unique id of every measurement, such as 'snapkv/needle/2048', in the order of the table."""

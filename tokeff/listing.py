@@ -26,7 +26,8 @@ class Method:
     `budget` sets. fast: settings in which it equals itself under drafts (an evicting policy needs blocks of more than one row).
     converges: settings, coarse to fine, along which a method that approximates every row comes closer to dense.
     published: settings that give the paper's numbers (tokeff/published.py); None for a baseline. reading: its rule or its constants could
-    not be recovered in full, and this is our reading of the paper.
+    not be recovered in full, and this is our reading of the paper. calibrates: settings that a search on the model finds; the defaults
+    stand in for them (tokeff/calibration.py).
     """
 
     name: str
@@ -43,6 +44,7 @@ class Method:
     converges: tuple[dict[str, Any], ...] = ()
     config: str = "configs/quickstart.py"
     reading: bool = False
+    calibrates: tuple[str, ...] = ()
 
     def settings(self, name: str = "scaled") -> dict[str, Any]:
         """Every setting of `make` under a name: 'scaled', the defaults, which are shares of context, heads and width; or 'paper', the
@@ -108,9 +110,14 @@ METHODS: tuple[Method, ...] = (
     Method("R-KV", "kv", "kv", kv.rkv, False, papers.RKV, published.RKV, budgeted_by="held", identity=_KEEP, fast=_BLOCKS),
     Method("SnapKV", "kv", "kv", kv.snapkv, False, papers.SNAPKV, published.SNAPKV, budgeted_by="held", identity=_ALL),
     Method("PyramidKV", "kv", "kv", kv.pyramidkv, False, papers.PYRAMID, published.PYRAMID, budgeted_by="held", identity=_ALL),
-    Method("RazorAttention", "kv", "kv", kv.razor_attention, False, papers.RAZOR, published.RAZOR, identity=_ALL),
-    Method("DuoAttention", "kv", "kv", kv.duo_attention, False, papers.DUO, published.DUO, identity=_KEEP, fast=_BLOCKS),
-    Method("CompressKV", "kv", "kv", kv.compresskv, False, papers.COMPRESS, published.COMPRESS, budgeted_by="held", identity=_ALL),
+    Method("RazorAttention", "kv", "kv", kv.razor_attention, False, papers.RAZOR, published.RAZOR, identity=_ALL, calibrates=("heads",)),
+    Method(
+        "DuoAttention", "kv", "kv", kv.duo_attention, False, papers.DUO, published.DUO, identity=_KEEP, fast=_BLOCKS, calibrates=("heads",)
+    ),
+    Method(
+        "CompressKV", "kv", "kv", kv.compresskv, False, papers.COMPRESS, published.COMPRESS, budgeted_by="held", identity=_ALL,
+        calibrates=("judges", "importance"),
+    ),
     Method("KVzip", "kv", "kv", kv.kvzip, False, papers.KVZIP, published.KVZIP, budgeted_by="held", identity=_ALL),
     Method("AdaKV", "kv", "kv", kv.adakv, False, papers.ADAKV, published.ADAKV, budgeted_by="held", identity=_ALL),
     Method(
@@ -130,16 +137,23 @@ METHODS: tuple[Method, ...] = (
     Method("ThinK", "kv", "kv", kv.think, False, papers.THINK, published.THINK, identity=_CHANNELS[-1], converges=_CHANNELS),
     Method("TransMLA", "kv", "kv", kv.transmla, False, papers.TRANSMLA, published.TRANSMLA, identity=_RANKS[-1], converges=_RANKS),
     Method("Hydragen", "kv", "reuse", kv.hydragen, True, papers.HYDRAGEN, published.HYDRAGEN, identity={}),
-    Method("TidalDecode", "kv", "sparse", sparse.tidaldecode, False, papers.TIDAL, published.TIDAL, budgeted_by="read", identity=_ALL),
+    Method(
+        "TidalDecode", "kv", "sparse", sparse.tidaldecode, False, papers.TIDAL, published.TIDAL, budgeted_by="read", identity=_ALL,
+        calibrates=("select",),
+    ),
     Method("Quest", "kv", "sparse", sparse.quest, False, papers.QUEST, published.QUEST, budgeted_by="read", identity=_ALL, fast=_NEAR),
     Method(
-        "DoubleSparsity", "kv", "sparse", sparse.double_sparsity, False, papers.DOUBLE, published.DOUBLE, budgeted_by="read", identity=_ALL
+        "DoubleSparsity", "kv", "sparse", sparse.double_sparsity, False, papers.DOUBLE, published.DOUBLE, budgeted_by="read", identity=_ALL,
+        calibrates=("channels",),
     ),
     Method(
         "TokenSelect", "kv", "sparse", sparse.tokenselect, False, papers.TOKENSELECT, published.TOKENSELECT, budgeted_by="read",
         identity=_ALL, fast=_ANEW,
     ),
-    Method("Kascade", "kv", "sparse", sparse.kascade, False, papers.KASCADE, published.KASCADE, budgeted_by="read", identity=_ALL),
+    Method(
+        "Kascade", "kv", "sparse", sparse.kascade, False, papers.KASCADE, published.KASCADE, budgeted_by="read", identity=_ALL,
+        calibrates=("select", "head_map"),
+    ),
     Method("InfLLM", "kv", "sparse", sparse.infllm, False, papers.INFLLM, published.INFLLM, budgeted_by="read", identity=_WINDOW),
     Method(
         "SentenceKV", "kv", "sparse", sparse.sentencekv, False, papers.SENTENCEKV, published.SENTENCEKV, budgeted_by="read",
@@ -165,7 +179,8 @@ METHODS: tuple[Method, ...] = (
         "BlockTopK", "prefill", "sparse", sparse.block_top_k, False, papers.MINFERENCE, published.BLOCK_TOP_K, identity={"top": 1 << 20}
     ),
     Method(
-        "MInference", "prefill", "sparse", sparse.minference, False, papers.MINFERENCE, published.MINFERENCE, identity={"slash": 1 << 20}
+        "MInference", "prefill", "sparse", sparse.minference, False, papers.MINFERENCE, published.MINFERENCE, identity={"slash": 1 << 20},
+        calibrates=("top", "window", "heads"),
     ),
     Method(
         "FlexPrefill", "prefill", "sparse", sparse.flexprefill, False, papers.FLEXPREFILL, published.FLEXPREFILL,

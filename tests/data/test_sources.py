@@ -11,13 +11,28 @@ from tokeff.errors import UserError
 
 pytestmark = pytest.mark.core
 FOLDER = pathlib.Path(sources.__file__).parent / "text"
+PASSAGES = (sources.PROSE, sources.CALIBRATION)
 
 
-def test_the_committed_passage_is_the_one_that_sources_md_names():
-    stated = re.search(r"northanger_abbey\.txt.*`([0-9a-f]{64})`", (FOLDER / "SOURCES.md").read_text())
+@pytest.mark.parametrize("name", PASSAGES)
+def test_the_committed_passages_are_those_that_sources_md_names(name):
+    stated = re.search(rf"{name}\.txt` \|.*`([0-9a-f]{{64}})`", (FOLDER / "SOURCES.md").read_text())
     assert stated is not None
-    assert hashlib.sha256((FOLDER / "northanger_abbey.txt").read_bytes()).hexdigest() == stated[1]
-    assert sum(file.stat().st_size for file in FOLDER.iterdir()) < 300_000
+    assert hashlib.sha256((FOLDER / f"{name}.txt").read_bytes()).hexdigest() == stated[1]
+    assert sum(file.stat().st_size for file in FOLDER.iterdir()) < 400_000
+
+
+def test_calibration_and_evaluation_share_no_eight_words_in_a_row():
+    """Not with the prose that tasks read, nor with the short prompts; five in a row they share, so that the test can see something."""
+
+    def runs(text: str, n: int) -> set[tuple[str, ...]]:
+        words = re.findall(r"[a-z']+", text.lower())
+        return {tuple(words[i : i + n]) for i in range(len(words) - n + 1)}
+
+    read, calibrated = [sources.text(), *(prompt.text for prompt in prompts())], sources.text(sources.CALIBRATION)
+    assert 20_000 < len(calibrated.split()) < 30_000
+    assert not runs(calibrated, 8) & set().union(*(runs(text, 8) for text in read))
+    assert runs(calibrated, 5) & runs(sources.text(), 5)
 
 
 @pytest.mark.parametrize("source", sources.SOURCES)
@@ -27,9 +42,10 @@ def test_pieces_join_to_the_text(source):
     assert all(piece[0].isspace() and not piece[-1].isspace() for piece in pieces)
 
 
-def test_prose_is_unwrapped_and_has_no_headings():
-    text = sources.text()
-    assert "CHAPTER" not in text
+@pytest.mark.parametrize("name", PASSAGES)
+def test_prose_is_unwrapped_and_has_no_headings(name):
+    text = sources.text(name)
+    assert not re.search("CHAPTER", text, re.IGNORECASE)
     assert "\n" not in text.replace("\n\n", "")
     assert "  " not in text
 

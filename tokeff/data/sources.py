@@ -1,4 +1,4 @@
-"""Where text comes from: a committed passage of prose, Python's own standard library, or a text file of yours.
+"""Where text comes from: two committed passages of prose, Python's own standard library, or a text file of yours.
 
 A source is a name in `SOURCES` or a path that ends in .txt (UTF-8, public or not: it is only read). It is read as
 *pieces*: sentences of prose or lines of code. Each piece starts with the white space that separates it from the one
@@ -16,8 +16,10 @@ import sysconfig
 from tokeff.errors import UserError, nearest
 
 PROSE = "northanger_abbey"
+CALIBRATION = "persuasion"
+"""For methods that are calibrated: no task reads it, and it shares no eight words in a row with what they read."""
 CODE = "stdlib"
-SOURCES = (PROSE, CODE)
+SOURCES = (PROSE, CALIBRATION, CODE)
 STDLIB_FILES = (
     "argparse.py",
     "ast.py",
@@ -69,8 +71,8 @@ def pieces(source: str = PROSE) -> tuple[str, ...]:
     """Return the sentences of prose or the lines of code of a source, each with its white space in front."""
     if source == CODE:
         return tuple(_code_lines(_stdlib()))
-    if source == PROSE:
-        raw = (_TEXT / f"{PROSE}.txt").read_text(encoding="utf-8")
+    if source in (PROSE, CALIBRATION):
+        raw = (_TEXT / f"{source}.txt").read_text(encoding="utf-8")
     elif source.endswith(".txt"):
         raw = _read(pathlib.Path(source))
     else:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
 import numpy as np
 
+from tokeff import calibration
+from tokeff.calibration import Calibration
 from tokeff.data import tasks
 from tokeff.data.haystack import encoder
 from tokeff.decode.draft import Drafter, Plain
@@ -22,7 +25,7 @@ from tokeff.kv.bounded import check_bounded
 from tokeff.kv.budget import AtLeast
 from tokeff.kv.policy import Full, Policy
 from tokeff.kv.prefill import Prompt
-from tokeff.listing import find
+from tokeff.listing import Method, find
 from tokeff.models.fetch import cache_dir
 from tokeff.models.load import Model, load
 from tokeff.models.transformer import Pass
@@ -35,13 +38,18 @@ BASE, CHANCE = "Full", "Random"
 
 @dataclass(frozen=True)
 class Line(Row):
-    """One combination. `method` names a listed method; the parts are what is measured."""
+    """One combination. `method` names a listed method; the parts are what is measured.
+
+    calibrated: whether the method's search on the experiment's model stands in its part (tokeff/calibration.py). None until the experiment
+    is settled, and for methods without such a search; False keeps the part as it is, True refuses a model without a calibration.
+    """
 
     kv: Policy = field(default_factory=Full)
     cut: Pass | None = None
     decode: Drafter = field(default_factory=Plain)
     prefill: Pattern | None = None
     bounded: int | None = None
+    calibrated: bool | None = None
 
     @property
     def setup(self) -> Setup:
@@ -49,9 +57,38 @@ class Line(Row):
 
 
 def line(method: str, setting: str = "scaled", **settings: Any) -> Line:
-    """The listed method alone, under its 'scaled' or its 'paper' settings, with these instead of some of them."""
+    """The listed method alone, under its 'scaled' or its 'paper' settings, with these instead of some of them. An experiment puts what is
+    calibrated for its model in the place of defaults."""
     found = find(method)
     return Line(method, **{found.part: found.build(**(found.settings(setting) | settings))})
+
+
+def settled(rows: Sequence[Line], model: str) -> tuple[Line, ...]:
+    """The rows under what is calibrated for this model, where something is; each says in `calibrated` whether it is."""
+    name = calibration.name_of(model)
+    found = calibration.read(name)
+    return tuple(_settled(row, find(row.method), found, name) for row in rows)
+
+
+def _settled(row: Line, listed: Method, found: Calibration | None, model: str) -> Line:
+    if not listed.calibrates or row.calibrated is False:
+        return row
+    part = calibration.calibrated(listed, getattr(row, listed.part), found)
+    if part is not None:
+        return replace(row, calibrated=True, **{listed.part: part})
+    if row.calibrated:
+        raise UserError(f"no calibration of {row.method} for {model} that its row leaves room for; {calibration.remedy(model)}")
+    return replace(row, calibrated=False)
+
+
+def fitting(m: Model, rows: Sequence[Line], lengths: Sequence[int]) -> Model:
+    """The model, once calibrations were found to be made with its weights and to fit it: before it is loaded nobody knows its heads."""
+    if any(row.calibrated for row in rows) and (found := calibration.read(m.name)) is not None:
+        found.check(m)
+    for part in (getattr(row, find(row.method).part) for row in rows if row.calibrated is not None):
+        for length in lengths:
+            part.check(m.cfg, length)
+    return m
 
 
 class Bench:
@@ -96,14 +133,18 @@ class Comparison(Experiment):
     seed: int = 0
     """Which text and questions."""
 
+    def settled(self) -> Comparison:
+        return replace(self, rows=settled(self.rows, self.model))
+
     def check(self) -> None:
         for length in self.contexts + self.speeds:
-            for row in self.rows:
+            for row in (row for row in self.rows if row.calibrated is None):  # `fitting` checks the others
                 row.kv.check(_Shape, length) if row.cut is None else row.cut.check(_Shape, length)
                 if row.prefill is not None:
                     row.prefill.check(_Shape, length)
-                row.setup.check_evidence()
-                check_bounded(row.bounded, row.kv, row.cut, row.prefill)
+        for row in self.rows:
+            row.setup.check_evidence()
+            check_bounded(row.bounded, row.kv, row.cut, row.prefill)
         if BASE not in {row.method for row in self.rows}:
             raise UserError(f"a comparison needs the row {BASE!r} to compare with; add line({BASE!r})")
 
@@ -113,7 +154,7 @@ class Comparison(Experiment):
 
     def prepare(self) -> Bench:
         compile_cache()
-        return Bench(self, load(self.model))
+        return Bench(self, fitting(load(self.model), self.rows, self.contexts + self.speeds))
 
     def measure(self, context: Bench, key: str) -> dict[str, Any]:
         method, length, *only = key.split("/")
@@ -150,7 +191,8 @@ def speed(bench: Bench, row: Line, length: int, new: int, pictures: bool) -> dic
     ratios, timing, layers = cost(m, prompt, setup, new)
     figures: dict[str, Any] = {
         "method": row.method, "family": listed.family, "lossless": listed.lossless, "budgeted_by": listed.budgeted_by,
-        "budget": budget_of(row), "context": length, "held": ratios.held, "read": ratios.read, "peak": ratios.peak,
+        "calibrated": row.calibrated, "budget": budget_of(row), "context": length,
+        "held": ratios.held, "read": ratios.read, "peak": ratios.peak,
         "prefill_s": prefill_s, "decode_tok_s": timing.tokens_per_s, "tokens_per_pass": (len(timing.tokens) - 1) / timing.passes,
         "first_s": timing.first_s, "greedy_match": greedy_match(bench, length, row, timing.tokens),
     }  # fmt: skip

@@ -8,7 +8,7 @@ which do not grow, and rows, which do.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any
 
@@ -16,7 +16,7 @@ from tokeff.bench import common
 from tokeff.bench.decode import Loop
 from tokeff.compat import forget_programs
 from tokeff.errors import UserError
-from tokeff.evals.comparison import BASE, Line, budget_of, compile_cache
+from tokeff.evals.comparison import BASE, Line, budget_of, compile_cache, fitting, settled
 from tokeff.evals.cost import dense_bytes
 from tokeff.experiment import Experiment
 from tokeff.kv.keep import Keep
@@ -42,6 +42,9 @@ class Crossover(Experiment):
     rounds: int = 5
     """How often each is timed."""
 
+    def settled(self) -> Crossover:
+        return replace(self, rows=settled(self.rows, self.model))
+
     def check(self) -> None:
         if len(self.contexts) < 2:
             raise UserError(f"contexts {self.contexts} make no line; give two lengths or more")
@@ -60,7 +63,7 @@ class Crossover(Experiment):
 
     def prepare(self) -> Timed:
         compile_cache()
-        return Timed(self, load(self.model))
+        return Timed(self, fitting(load(self.model), self.rows, self.contexts))
 
     def measure(self, context: Timed, key: str) -> dict[str, Any]:
         name, length = key.split("/")
@@ -120,7 +123,8 @@ class Timed:
         floor = (common.weight_bytes(self.m) + mine.read) / common.bandwidth(seconds)
         return {
             "method": row.method, "family": listed.family, "lossless": listed.lossless, "budgeted_by": listed.budgeted_by,
-            "budget": budget_of(row), "context": length, "step_ms": 1e3 * median(step), "dense_ms": 1e3 * median(seconds["dense"]),
+            "calibrated": row.calibrated, "budget": budget_of(row), "context": length,
+            "step_ms": 1e3 * median(step), "dense_ms": 1e3 * median(seconds["dense"]),
             "decode_tok_s": 1 / median(step), "of_dense": common.ratio(seconds["dense"], step), "of_floor": floor / median(step),
             "read": mine.read / dense_bytes(self.m.cfg, length, self.m.precision.cache),
             "overhead_ms": 1e3 * (median(step) - median(seconds["recent"])), "slowest_of_fastest": max(step) / min(step),

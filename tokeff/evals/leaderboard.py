@@ -16,7 +16,7 @@ from tokeff.compat import forget_programs
 from tokeff.data import tasks
 from tokeff.data.haystack import encoder
 from tokeff.errors import UserError
-from tokeff.evals.comparison import BASE, CHANCE, Line, budget_of, compile_cache, line
+from tokeff.evals.comparison import BASE, CHANCE, Line, budget_of, compile_cache, fitting, line, settled
 from tokeff.evals.cost import dense_bytes, read_bytes
 from tokeff.evals.fidelity import Encoded, Quality, Reader, encode_example
 from tokeff.evals.stats import Interval, bootstrap_mean, mean, paired_difference
@@ -64,6 +64,9 @@ class Leaderboard(Experiment):
     own: tuple[float, ...] = (0.25,)
     """Budgets of rows with a prefill of their own, which cannot share the dense one."""
 
+    def settled(self) -> Leaderboard:
+        return replace(self, rows=settled(self.rows, self.model))
+
     def check(self) -> None:
         for row in self.rows:
             row.setup.check_evidence()
@@ -86,7 +89,7 @@ class Leaderboard(Experiment):
 
     def prepare(self) -> Shelf:
         compile_cache()
-        return Shelf(self, load(self.model))
+        return Shelf(self, fitting(load(self.model), self.rows, sorted({batch.length for batch in self.batches})))
 
     def measure(self, context: Shelf, key: str) -> dict[str, Any]:
         forget_programs()
@@ -167,7 +170,7 @@ class Texts:
             raise UserError(f"{row.method} held and read everything at a budget of {budget_of(row)}; its settings are inactive here")
         return {
             "method": row.method, "family": listed.family, "lossless": listed.lossless, "budgeted_by": listed.budgeted_by,
-            "budget": budget_of(row), "held": held, "read": read, "exact": [int(q.exact.sum()) for q in mine],
+            "calibrated": row.calibrated, "budget": budget_of(row), "held": held, "read": read, "exact": [int(q.exact.sum()) for q in mine],
             "full_exact": [int(q.exact.sum()) for q in base], "asked": [len(q.exact) for q in mine],
             "answer_logprob": [float(q.logprob.mean()) if len(q.logprob) else None for q in mine],
             "later_exact": [int(sum(e for e, _ in of)) for of in later] if later else None,
@@ -180,7 +183,7 @@ class Texts:
 
 def averaged(rows: list[dict[str, Any]], chance: list[dict[str, Any]] | None) -> dict[str, Any]:
     """The batches of one method, budget and length as one line."""
-    keep = ("method", "family", "lossless", "budgeted_by", "budget", "context", "measured_at", "commit")
+    keep = ("method", "family", "lossless", "calibrated", "budgeted_by", "budget", "context", "measured_at", "commit")
     found = {name: rows[0][name] for name in keep if name in rows[0]}
     found |= {name: float(np.mean([row[name] for row in rows])) for name in ("held", "read")}
     found["measured_s"] = sum(row.get("measured_s") or 0 for row in rows)

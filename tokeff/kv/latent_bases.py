@@ -10,7 +10,6 @@ from tokeff.kv.policy import Prefilled
 from tokeff.models.attention import wide
 from tokeff.models.flow import EMPTY, Here
 
-
 LEAST = 1e-5  # of the largest power of a direction; float32 rounding is a hundredth of that
 
 

@@ -25,7 +25,7 @@ def run(config: Config, out: str | os.PathLike[str], *, fresh: bool = False, arg
     Nothing is written or loaded before the settings have been checked and the folder found writable. `args` is the
     command line to record.
     """
-    experiment = config.experiment
+    experiment = config.experiment.settled()
     experiment.check()
     keys, text = unique(list(experiment.keys()), experiment.name), config_text(experiment.identity())
     folder = RunFolder(out)

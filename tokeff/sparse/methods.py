@@ -7,6 +7,7 @@ defaults are the `scaled` setting; each docstring gives the `paper` one, for mod
 from __future__ import annotations
 
 from tokeff.kv.budget import Budget
+from tokeff.kv.policy import Policy
 from tokeff.sparse.exact import TopMass, TopScores, Vote
 from tokeff.sparse.flex import Flex
 from tokeff.sparse.hip import Halving
@@ -31,14 +32,17 @@ def tidaldecode(budget: Budget = 0.125, dense: tuple[int, ...] = (0, 1), select:
     return Read(budget, TopScores(), dense, select, recent, own=False)
 
 
-def quest(budget: Budget = 0.125, page: int = 16, dense: tuple[int, ...] = (0, 1), recent: int = 1) -> Read:
+def quest(
+    budget: Budget = 0.125, page: int = 16, dense: tuple[int, ...] = (0, 1), recent: int = 1, within: Policy | None = None
+) -> Read:
     """Quest (Tang et al. 2024): every layer reads the pages whose largest and smallest keys promise the largest q.k.
 
     The last page is always read. Quest chooses pages for each query head; here the query heads of a kv head choose together, by the
     sum of their bounds, and the cache stays at kv-head size. No minimum of 3 pages. Drafts need a `recent` above their depth. `paper`:
-    budget=2048 (512 to 4096).
+    budget=2048 (512 to 4096). within: what stays of the prompt; `quest(0.125, within=snapkv(0.25))` evicts and then selects, as RocketKV
+    (Behnam et al. 2025) does in two stages.
     """
-    return Read(budget, MinMax(page), dense, recent=recent)
+    return Read(budget, MinMax(page), dense, recent=recent, within=within)
 
 
 def hip(

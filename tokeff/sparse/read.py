@@ -1,4 +1,4 @@
-"""`Read`: keep every row, read the ones in any case (first and last rows) and those that a selector names."""
+"""`Read`: keep every row (or those of a rule), read the ones in any case (first and last rows) and those that a selector names."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from tokeff.errors import UserError
 from tokeff.kernels import merge
 from tokeff.kv.budget import Budget, check_budget, most_rows, rows_of
 from tokeff.kv.cache import Room, Rows, take_rows, visible
-from tokeff.kv.policy import Ask, Full, Prefilled, append, tree_bytes
+from tokeff.kv.coded import check_rule
+from tokeff.kv.evidence import Evidence
+from tokeff.kv.policy import Full, Policy, Prefilled, append, tree_bytes
 from tokeff.kv.read import read_draft, read_rows
 from tokeff.models.attention import combine, scores, softmax
 from tokeff.models.flow import EMPTY, Accepted, Flow, Here
@@ -29,7 +31,8 @@ class Read(Full):
     above them that do neither; None when every layer that is not dense selects for itself. own: who selects reads what it chose;
     otherwise it reads everything at the steps at which it selects. reuse: how many steps a selection is read for, None for one.
     heads: for every layer, whose selection each of its kv heads reads where another layer selected; None: that of the same number.
-    streaming: for every layer, the kv heads that read nothing chosen; None: none do.
+    streaming: for every layer, the kv heads that read nothing chosen; None: none do. within: what stays of the prompt, to be chosen from
+    (a `Keep` that does not evict); None for all of it.
 
     Because the recent rows are always read, a draft whose depth is below `recent` sees exactly what one-row decoding would.
     """
@@ -44,9 +47,11 @@ class Read(Full):
     reuse: Reuse | None = None
     heads: tuple[tuple[int, ...], ...] | None = None
     streaming: tuple[tuple[int, ...], ...] | None = None
+    within: Policy | None = None
 
-    def needs(self) -> tuple[Ask, ...]:
-        return self.selector.needs()
+    def needs(self) -> tuple[Evidence, ...]:
+        more = () if self.within is None else self.within.needs()
+        return tuple(dict.fromkeys((*self.selector.needs(), *more)))
 
     @property
     def chunk(self) -> int | None:  # type: ignore[override]
@@ -58,7 +63,8 @@ class Read(Full):
         return "select" if self.select is None or layer in self.select else "read"
 
     def role(self, layer: int):
-        return self.kind(layer), *(lists and lists[layer] for lists in (self.heads, self.streaming))
+        held = None if self.within is None else self.within.role(layer)
+        return self.kind(layer), *(lists and lists[layer] for lists in (self.heads, self.streaming)), held
 
     @property
     def whole(self) -> bool:
@@ -87,6 +93,9 @@ class Read(Full):
         if self.reuse is not None:
             self.reuse.check(self.recent)
         check_heads(self.heads, self.streaming, cfg)
+        if self.within is not None:
+            check_rule(self.within)
+            self.within.check(cfg, length)
         readers = [i for i in range(cfg.L) if self.kind(i) == "read"]
         if readers and (not self.select or min(self.select) > readers[0]):
             raise UserError(f"layer {readers[0]} reads a selection no layer below it makes; add a lower layer to select")
@@ -103,10 +112,14 @@ class Read(Full):
             return f"only the {self.recent} most recent rows are read for sure and drafts are {depth} deep; raise recent"
         return None
 
+    def squeeze(self, rows: Prefilled, here: Here) -> Prefilled:
+        return rows if self.within is None else self.within.squeeze(rows, here)
+
     def pack_layer(self, rows: Prefilled, room: Room, here: Here) -> Readable:  # type: ignore[override]
+        whole, rows = rows.most, self.squeeze(rows, here)
         store = super().pack_layer(rows, room, here)
         # The length of the prompt, not of what a pass let through: every layer reads the same number of rows.
-        far, far_B = self.far(most_rows(self.budget, rows.order_BKS.shape[2])), self.far(rows_of(self.budget, rows.length_B))
+        far, far_B = self.far(most_rows(self.budget, whole)), self.far(rows_of(self.budget, rows.length_B))
         if self.whole:
             far = pages_of(store.capacity, self.selector.size)
             far_B = jnp.full_like(far_B, far)
