@@ -32,53 +32,55 @@ NAMES = """
 Precision(weights: 'str' = 'float32', activations: 'str' = 'float32', cache: 'str' = 'float32')
 Sampling(temperature: 'float | tuple[float, ...]' = 0.0, top_k: 'int' = 0, top_p: 'float' = 1.0, min_p: 'float' = 0.0)
 compress(m: 'Model', text: 'str', kv: 'Policy | None' = None, *, cut: 'Pass | None' = None, decode: 'Drafter | None' = None, \
-prefill: 'Pattern | None' = None, room: 'int' = 256) -> 'Compressed'
+prefill: 'Pattern | None' = None, bounded: 'int | None' = None, room: 'int' = 256) -> 'Compressed'
 decode.plain() -> 'Plain'
 decode.prompt_lookup(length: 'int' = 10, ngram: 'int' = 3, latest: 'bool' = False) -> 'PromptLookup'
 decode.token_recycling(tree: 'tuple[tuple[int, ...], ...]' = TREE_16, rank: 'int' = 8) -> 'TokenRecycling'
-evaluate(m: 'Model', kv: 'Policy | None' = None, *, cut: 'Pass | None' = None, prefill: 'Pattern | None' = None, \
-task: 'str' = 'multi_question', length: 'int' = 2048, n: 'int' = 4, seed: 'int' = 0) -> 'dict[str, Any]'
-generate(m: 'Model', prompts: 'str | Sequence[str] | Sequence[Sequence[int]]', *, kv: 'Policy | None' = None, \
-cut: 'Pass | None' = None, decode: 'Drafter | None' = None, max_new: 'int' = 64, sampling: 'Sampling' = GREEDY, \
-seed: 'int' = 0, prefill: 'Pattern | None' = None, chunk: 'int | None' = None, stop: 'bool' = True, \
-cache: 'Compressed | None' = None) -> 'Generation'
+evaluate(m: 'Model', kv: 'Policy | None' = None, *, cut: 'Pass | None' = None, prefill: 'Pattern | None' = None, bounded: 'int | \
+None' = None, task: 'str' = 'multi_question', length: 'int' = 2048, n: 'int' = 4, seed: 'int' = 0) -> 'dict[str, Any]'
+generate(m: 'Model', prompts: 'str | Sequence[str] | Sequence[Sequence[int]]', *, kv: 'Policy | None' = None, cut: 'Pass | None' = \
+None, decode: 'Drafter | None' = None, max_new: 'int' = 64, sampling: 'Sampling' = GREEDY, seed: 'int' = 0, prefill: 'Pattern | \
+None' = None, chunk: 'int | None' = None, bounded: 'int | None' = None, stop: 'bool' = True, cache: 'Compressed | None' = None) -> \
+'Generation'
 kv.a2sf(budget: 'Budget' = 0.125, factor: 'float' = 0.95, recent: 'int' = 16, evict: 'int' = 1) -> 'Keep'
-kv.adakv(budget: 'Budget' = 0.125, window: 'int' = 16, kernel: 'int' = 7, pool: 'str' = 'max', floor: 'float' = 0.2, \
-page: 'int' = 16) -> 'KeepByHead'
+kv.adakv(budget: 'Budget' = 0.125, window: 'int' = 16, kernel: 'int' = 7, pool: 'str' = 'max', floor: 'float' = 0.2, page: 'int' = \
+16) -> 'KeepByHead'
 kv.alisa(budget: 'Budget' = 0.125, steps: 'int' = 16, recent: 'float' = 0.5, evict: 'int' = 1) -> 'Keep'
-kv.cam(budget: 'Budget' = 0.125, sinks: 'int' = 4, over: 'int' = 32, evict: 'int' = 1, seed: 'int' = 0) -> 'Bequeath'
+kv.cacheblend(chunk: 'int' = 512, share: 'float' = 0.16, layer: 'int' = 1, dense: 'int' = 64) -> 'Blend'
+kv.cam(budget: 'Budget' = 0.125, sinks: 'float | int' = 4, over: 'int' = 32, evict: 'int' = 1, seed: 'int' = 0) -> 'Bequeath'
 kv.chunkkv(budget: 'Budget' = 0.125, window: 'int' = 16, chunk: 'int' = 10) -> 'Keep'
-kv.compresskv(budget: 'Budget' = 0.125, window: 'int' = 8, kernel: 'int' = 5, judges: 'Heads' = ((0,),), \
-importance: 'tuple[float, ...]' = ()) -> 'ByImportance'
+kv.compresskv(budget: 'Budget' = 0.125, window: 'int' = 8, kernel: 'int' = 5, judges: 'Heads' = ((0,),), importance: 'tuple[float, \
+...]' = ()) -> 'ByImportance'
 kv.duo_attention(heads: 'Heads' = ((0,),), budget: 'Budget' = 0.125, sinks: 'int' = 4, evict: 'int' = 1) -> 'ByClass'
 kv.ems(budget: 'Budget' = 0.125, window: 'int' = 16, more: 'float' = 1.0, least: 'float' = 0.6) -> 'Merged'
 kv.expected_attention(budget: 'Budget' = 0.125, future: 'int' = 512, sinks: 'int' = 4, floor: 'float' = 0.0) -> 'Keep'
 kv.full() -> 'Full'
-kv.gear(bits: 'int' = 2, group: 'int' = 64, residual: 'int' = 64, rank: 'float | int' = 0.03125, outliers: 'float' = 0.01, \
-rule: 'Policy' = Full()) -> 'Fold'
+kv.gear(bits: 'int' = 2, group: 'int' = 64, residual: 'int' = 64, rank: 'float | int' = 0.03125, outliers: 'float' = 0.01, rule: \
+'Policy' = Full()) -> 'Fold'
 kv.h2o(budget: 'Budget' = 0.125, recent: 'float' = 0.5, evict: 'int' = 1) -> 'Keep'
+kv.hydragen(rule: 'Policy' = Full()) -> 'SharedPrefix'
 kv.keydiff(budget: 'Budget' = 0.125, evict: 'int' = 1) -> 'Keep'
 kv.kivi(bits: 'int' = 2, group: 'int' = 32, residual: 'int' = 32, rule: 'Policy' = Full()) -> 'Fold'
-kv.knorm(budget: 'Budget' = 0.125, recent: 'int' = 0) -> 'Keep'
-kv.kvzip(budget: 'Budget' = 0.3, sinks: 'int' = 4, piece: 'int' = 2048, ask: 'tuple[int, ...]' = (), \
-page: 'int' = 16) -> 'KeepByModel'
+kv.knorm(budget: 'Budget' = 0.125, recent: 'int' = 0, spared: 'tuple[int, ...]' = ()) -> 'Spared'
+kv.kvshare(earlier: 'tuple[int, ...]' = (), share: 'float' = 0.16, layer: 'int' = 1, dense: 'int' = 64, least: 'int' = 8) -> 'Similar'
+kv.kvzip(budget: 'Budget' = 0.3, sinks: 'int' = 4, piece: 'int' = 2048, ask: 'tuple[int, ...]' = (), page: 'int' = 16) -> 'KeepByModel'
 kv.lagkv(budget: 'Budget' = 0.125, lag: 'int' = 32, sinks: 'int' = 4) -> 'Keep'
 kv.lm_infinite(budget: 'Budget' = 0.125, sinks: 'int' = 10, cap: 'int | None' = None, evict: 'int' = 1) -> 'LambdaShaped'
 kv.look_m(budget: 'Budget' = 0.125, recent: 'float' = 0.5, how: 'str' = 'pivot') -> 'Merged'
 kv.minicache(first: 'float' = 0.5, t: 'float' = 0.6, outliers: 'float' = 0.05, rest: 'Policy' = Full()) -> 'MiniCache'
-kv.minicache_4bit(first: 'float' = 0.5, t: 'float' = 0.6, outliers: 'float' = 0.05, bits: 'int' = 4, group: 'int' = 32, \
-residual: 'int' = 32) -> 'MiniCache'
-kv.pyramidkv(budget: 'Budget' = 0.125, window: 'int' = 16, kernel: 'int' = 5, pool: 'str' = 'avg', \
-beta: 'int' = 20) -> 'Pyramid'
+kv.minicache_4bit(first: 'float' = 0.5, t: 'float' = 0.6, outliers: 'float' = 0.05, bits: 'int' = 4, group: 'int' = 32, residual: \
+'int' = 32) -> 'MiniCache'
+kv.pyramidkv(budget: 'Budget' = 0.125, window: 'int' = 16, kernel: 'int' = 5, pool: 'str' = 'avg', beta: 'int' = 20) -> 'Pyramid'
 kv.random_rows(budget: 'Budget' = 0.125, seed: 'int' = 0) -> 'Keep'
 kv.razor_attention(heads: 'Heads' = ((0,),), budget: 'Budget' = 0.2, sinks: 'int' = 4, weighted: 'bool' = True) -> 'ByClass'
 kv.recent_rows(budget: 'Budget' = 0.125) -> 'Keep'
 kv.rkv(budget: 'Budget' = 0.125, window: 'int' = 8, weight: 'float' = 0.1, evict: 'int' = 16) -> 'Keep'
-kv.shadowkv(budget: 'Budget' = 0.125, rank: 'float' = 0.156) -> 'ShadowKV'
+kv.shadowkv(budget: 'Budget' = 0.125, rank: 'float | int' = 0.156, outliers: 'float | int' = 0.003, host: 'bool' = False) -> 'ShadowKV'
 kv.snapkv(budget: 'Budget' = 0.125, window: 'int' = 16, kernel: 'int' = 5, pool: 'str' = 'avg') -> 'Keep'
 kv.streaming_llm(budget: 'Budget' = 0.125, sinks: 'int' = 4, evict: 'int' = 1) -> 'Streaming'
 kv.think(channels: 'float' = 0.6, window: 'int' = 32, rule: 'Policy' = Full()) -> 'Thin'
 kv.tova(budget: 'Budget' = 0.125, evict: 'int' = 1) -> 'Keep'
+kv.transmla(rank: 'float | int' = 0.5, rope: 'float' = 0.125, converted: 'bool' = False) -> 'TransMLA'
 load(source: 'str | Path', precision: 'Precision | None' = None) -> 'Model'
 methods() -> 'tuple[Method, ...]'
 reduce.gemfilter(budget: 'Budget' = 0.125, layer: 'int' = 13) -> 'LastRowTopK'
@@ -89,30 +91,34 @@ sparse.block_top_k(top: 'int' = 8, dense: 'int' = 64, block: 'int' = 64) -> 'Top
 sparse.chunk_prefill(size: 'int' = 2, previous: 'int' = 1, first: 'int' = 1, dense: 'int' = 64, block: 'int' = 64) -> 'Chunks'
 sparse.double_sparsity(budget: 'Budget' = 0.125, labels: 'float' = 0.25, channels: 'Channels | None' = None, dense: 'tuple[int, \
 ...]' = (0, 1), recent: 'int' = 16) -> 'Read'
-sparse.hip(budget: 'Budget' = 0.125, page: 'int' = 8, start: 'int' = 64, every: 'int' = 8, sinks: 'int' = 16, \
-recent: 'int' = 64, dense: 'tuple[int, ...]' = (0, 1)) -> 'Read'
-sparse.infllm(budget: 'Budget' = 0.125, page: 'int' = 16, count: 'int' = 2, sinks: 'int' = 16, recent: 'int' = 128, \
-dense: 'tuple[int, ...]' = ()) -> 'OneDistance'
-sparse.kascade(budget: 'Budget' = 0.125, dense: 'tuple[int, ...]' = (0, 1), select: 'tuple[int, ...]' = (2, 8, 13, 14), \
-head_map: 'Heads | None' = None, recent: 'int' = 16) -> 'Read'
-sparse.lserve(budget: 'Budget' = 0.125, page: 'int' = 16, logical: 'int' = 4, every: 'int' = 4, \
-streaming: 'Heads | None' = None, sinks: 'int' = 4, recent: 'int' = 4, dense: 'tuple[int, ...]' = ()) -> 'Read'
-sparse.minference(vertical: 'int' = 96, slash: 'int' = 3, top: 'int' = 8, sinks: 'int' = 16, window: 'int' = 256, \
-dense: 'int' = 64, block: 'int' = 64, heads: 'tuple[tuple[int, ...], ...]' = ()) -> 'VerticalSlash | PerHead'
-sparse.quest(budget: 'Budget' = 0.125, page: 'int' = 16, dense: 'tuple[int, ...]' = (0, 1), recent: 'int' = 1) -> 'Read'
-sparse.recycled_attention(budget: 'Budget' = 0.125, every: 'int' = 16, recent: 'int' = 16, dense: 'tuple[int, \
-...]' = ()) -> 'Read'
+sparse.flexprefill(gamma: 'float' = 0.9, tau: 'float' = 0.1, most: 'int' = 16, vertical: 'int' = 256, dense: 'int' = 64, block: \
+'int' = 64) -> 'Flex'
+sparse.hip(budget: 'Budget' = 0.125, page: 'int' = 8, start: 'int' = 64, every: 'int' = 8, sinks: 'int' = 16, recent: 'int' = 64, \
+dense: 'tuple[int, ...]' = (0, 1)) -> 'Read'
+sparse.infllm(budget: 'Budget' = 0.125, page: 'int' = 16, count: 'int' = 2, sinks: 'int' = 16, recent: 'int' = 128, dense: \
+'tuple[int, ...]' = ()) -> 'OneDistance'
+sparse.kascade(budget: 'Budget' = 0.125, dense: 'tuple[int, ...]' = (0, 1), select: 'tuple[int, ...]' = (2, 8, 13, 14), head_map: \
+'Heads | None' = None, recent: 'int' = 16) -> 'Read'
+sparse.lserve(budget: 'Budget' = 0.125, page: 'int' = 16, logical: 'int' = 4, every: 'int' = 4, streaming: 'Heads | None' = None, \
+sinks: 'int' = 4, recent: 'int' = 4, dense: 'tuple[int, ...]' = ()) -> 'Read'
+sparse.minference(vertical: 'int' = 96, slash: 'int' = 3, top: 'int' = 8, sinks: 'int' = 16, window: 'int' = 256, dense: 'int' = \
+64, block: 'int' = 64, heads: 'tuple[tuple[int, ...], ...]' = (), first: 'int | None' = None) -> 'VerticalSlash | PerHead'
+sparse.quest(budget: 'Budget' = 0.125, page: 'int' = 16, dense: 'tuple[int, ...]' = (0, 1), recent: 'int' = 1, within: 'Policy | \
+None' = None) -> 'Read'
+sparse.recycled_attention(budget: 'Budget' = 0.125, every: 'int' = 16, recent: 'int' = 16, dense: 'tuple[int, ...]' = ()) -> 'Read'
 sparse.s2_attention(near: 'int' = 2, stride: 'int' = 8, dense: 'int' = 64, block: 'int' = 64) -> 'Strided'
-sparse.tidaldecode(budget: 'Budget' = 0.125, dense: 'tuple[int, ...]' = (0, 1), select: 'tuple[int, ...]' = (2, 9), \
-recent: 'int' = 16) -> 'Read'
-sparse.tokenselect(budget: 'Budget' = 0.125, sinks: 'int' = 8, recent: 'int' = 48, cosine: 'float | None' = 0.9, \
-dense: 'tuple[int, ...]' = ()) -> 'Read'
+sparse.sentencekv(budget: 'Budget' = 0.125, factor: 'float' = 3.0, ends: 'tuple[int, ...] | None' = None, sinks: 'int' = 8, recent: \
+'int' = 16, window: 'int' = 32, kernel: 'int' = 7, cell: 'int' = 16, longest: 'int' = 64) -> 'SentenceKV'
+sparse.tidaldecode(budget: 'Budget' = 0.125, dense: 'tuple[int, ...]' = (0, 1), select: 'tuple[int, ...]' = (2, 9), recent: 'int' = \
+16) -> 'Read'
+sparse.tokenselect(budget: 'Budget' = 0.125, sinks: 'int' = 8, recent: 'int' = 48, cosine: 'float | None' = 0.9, dense: 'tuple[int, \
+...]' = ()) -> 'Read'
 sparse.top_k_oracle(budget: 'Budget' = 0.125, dense: 'tuple[int, ...]' = (), recent: 'int' = 16) -> 'Read'
 sparse.top_p_oracle(budget: 'Budget' = 0.5, p: 'float' = 0.95, dense: 'tuple[int, ...]' = (), recent: 'int' = 16) -> 'Read'
 sparse.tri_shape(sinks: 'int' = 16, window: 'int' = 256, dense: 'int' = 64, block: 'int' = 64) -> 'AShape'
-stream(m: 'Model', prompt: 'str | Sequence[int]', *, kv: 'Policy | None' = None, cut: 'Pass | None' = None, \
-decode: 'Drafter | None' = None, max_new: 'int' = 64, sampling: 'Sampling' = GREEDY, seed: 'int' = 0, \
-prefill: 'Pattern | None' = None, chunk: 'int | None' = None, stop: 'bool' = True, every: 'int' = 4) -> 'Iterator[str]'
+stream(m: 'Model', prompt: 'str | Sequence[int]', *, kv: 'Policy | None' = None, cut: 'Pass | None' = None, decode: 'Drafter | \
+None' = None, max_new: 'int' = 64, sampling: 'Sampling' = GREEDY, seed: 'int' = 0, prefill: 'Pattern | None' = None, chunk: 'int | \
+None' = None, bounded: 'int | None' = None, stop: 'bool' = True, every: 'int' = 4) -> 'Iterator[str]'
 """
 
 

@@ -1,7 +1,8 @@
 """Rows in host memory: what one step reads is gathered there and comes over; what it does not read stays.
 
 `place` puts arrays there between jitted calls. `rows_from_host` gathers inside a jitted function: the gather itself runs on the host, so
-that only the chosen rows cross. On a platform without `pinned_host` memory arrays stay where they are and the same code is an ordinary gather.
+that only the chosen rows cross. On a platform without `pinned_host` memory arrays stay where they are and the same code is an
+ordinary gather.
 """
 
 from __future__ import annotations
