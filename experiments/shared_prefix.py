@@ -8,6 +8,8 @@ starting with the other one. `bytes` are all arrays of the caches, `peak` what t
 second are those of the whole batch: of the median round, and of the fastest. `load` is the machine's load average at the end of a row's
 rounds: above the number of cores, other programs took part of it.
 Writes experiments/results/shared_prefix.json.
+
+Expected: 16 sequences take a twelfth of the bytes (131 MB for 1557) and decode more than twice as fast; one sequence gains nothing.
 """
 
 from __future__ import annotations

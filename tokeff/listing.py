@@ -42,7 +42,7 @@ class Method:
     identity: dict[str, Any] | None = None
     fast: dict[str, Any] | None = None
     converges: tuple[dict[str, Any], ...] = ()
-    config: str = "configs/quickstart.py"
+    config: str = "configs/leaderboard/kv.py"
     reading: bool = False
     calibrates: tuple[str, ...] = ()
 
@@ -65,6 +65,7 @@ class Method:
         return self.make(**settings)
 
 
+_QUICK = "configs/quickstart.py"
 _ALL = {"budget": 1.0}
 _KEEP = {"budget": 1.0, "evict": 0}
 _BLOCKS = {"evict": 16}
@@ -192,8 +193,10 @@ METHODS: tuple[Method, ...] = (
     ),
     Method("CacheBlend", "prefill", "reuse", kv.cacheblend, False, papers.CACHEBLEND, published.CACHEBLEND, identity={"share": 1.0}),
     Method("KVShare", "prefill", "reuse", kv.kvshare, False, papers.KVSHARE, published.KVSHARE, identity={"share": 1.0}, reading=True),
-    Method("PromptLookup", "decode", "decode", decode.prompt_lookup, True, papers.LOOKUP, published.LOOKUP, identity={}),
-    Method("TokenRecycling", "decode", "decode", decode.token_recycling, True, papers.RECYCLING, published.RECYCLING, identity={}),
+    Method("PromptLookup", "decode", "decode", decode.prompt_lookup, True, papers.LOOKUP, published.LOOKUP, identity={}, config=_QUICK),
+    Method(
+        "TokenRecycling", "decode", "decode", decode.token_recycling, True, papers.RECYCLING, published.RECYCLING, identity={}, config=_QUICK
+    ),
 )  # fmt: skip
 
 
