@@ -195,7 +195,8 @@ METHODS: tuple[Method, ...] = (
     Method("KVShare", "prefill", "reuse", kv.kvshare, False, papers.KVSHARE, published.KVSHARE, identity={"share": 1.0}, reading=True),
     Method("PromptLookup", "decode", "decode", decode.prompt_lookup, True, papers.LOOKUP, published.LOOKUP, identity={}, config=_QUICK),
     Method(
-        "TokenRecycling", "decode", "decode", decode.token_recycling, True, papers.RECYCLING, published.RECYCLING, identity={}, config=_QUICK
+        "TokenRecycling", "decode", "decode", decode.token_recycling, True, papers.RECYCLING, published.RECYCLING, identity={},
+        config=_QUICK,
     ),
 )  # fmt: skip
 

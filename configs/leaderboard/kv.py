@@ -23,7 +23,8 @@ def experiment(suite: str = "full") -> Leaderboard:
     """`full`: 12 texts of 2,048 tokens and 4 of 4,096 at four budgets. `smoke`: two texts of 384 at one."""
     if suite not in ("smoke", "full"):
         raise UserError(f"no suite {suite!r}; use --suite smoke or --suite full")
-    listed = [m for m in methods() if m.part != "decode" and (m.name == "Full" or not m.lossless)]
+    idle = ("KVShare",)  # shares nothing until it is given an earlier prompt
+    listed = [m for m in methods() if m.part != "decode" and (m.name == "Full" or not m.lossless) and m.name not in idle]
     if suite == "smoke":
         return Leaderboard(name="kv-smoke", rows=entries(listed, (0.25,)), batches=(Batch("single_needle", 384, n=2, ahead=16),))
     return Leaderboard(name="kv", rows=entries(listed, BUDGETS), batches=FULL, own=(0.25, 0.0625))

@@ -9,7 +9,8 @@ from fakes import fake, figures, kept
 from matplotlib import image
 
 from tokeff.report import html, labels, plots, table
-from tokeff.report.figures import Bars, Lines, Scatter
+from tokeff.report.curves import draw_curves
+from tokeff.report.figures import Bars, Curves, Lines, Scatter
 from tokeff.report.folder import RunFolder
 from tokeff.report.kept import Kept
 
@@ -42,6 +43,23 @@ def test_figures_without_data_are_left_out():
     assert plots.draw([{"method": "a", "kl": "nan", "held": 1.0}], Scatter("held", "kl")) is None
     assert plots.draw(rows_of((64,)), Lines("context", "decode_tok_s")) is None
     assert plots.draw_all([], [Bars("kl")], []) == []
+
+
+def test_curves_go_through_budgets_from_the_best_method_on():
+    """Seven methods make two panels; a method at one budget has no line; the best stands first."""
+    rows = [
+        {"method": f"m{i}", "family": "kv", "context": 64, "budget": b, "held": b, "kl": (i + 1) * (1 - b)}
+        for i in range(7) for b in (0.25, 0.5)
+    ]  # fmt: skip
+    figure = Curves("held", "kl", "Curves", log_y=True)
+    with_one = [*rows, {"method": "single", "family": "kv", "context": 64, "budget": 0.5, "held": 0.5, "kl": 0.1}]
+    drawing = draw_curves(with_one, figure, {}, ())
+    assert drawing is not None
+    named = [[text.get_text() for text in panel.get_legend().get_texts()] for panel in drawing.axes if panel.get_legend()]
+    assert named == [[f"m{i}" for i in range(6)], ["m6"]]
+    image = plots.draw(rows, figure)
+    assert image is not None and image.png.startswith(b"\x89PNG") and image.wide
+    assert plots.draw(with_one[-1:], figure) is None
 
 
 def test_spread_keeps_a_gap():

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Drawing
-from matplotlib.ticker import FuncFormatter, PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
 
 from tokeff.report.figures import Curves
 from tokeff.report.table import clean, number
@@ -77,5 +77,7 @@ def draw_panel(panel: Axes, lines: dict[str, tuple[np.ndarray, np.ndarray]], gro
     panel.minorticks_off()
     if figure.log_y:
         panel.set_yscale("log")
+        panel.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         panel.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+        panel.yaxis.set_minor_formatter(NullFormatter())
     panel.legend(fontsize=7.5, loc="best", handlelength=1.6, labelspacing=0.25)
