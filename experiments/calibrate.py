@@ -75,6 +75,7 @@ class Sizes:
     tuned: int = 2  # passages on which KL is measured, setting after setting
     long: int = 2048  # of the one text for patterns of prefill and mean queries
     needles: int = 8  # contexts with three needles each
+    errors: int = 4  # of these, on which the error of each layer is measured
     random: int = 512  # random tokens, four times
     budget: float = 0.125
     last: int = 64  # queries of a passage at which choices are compared
@@ -117,7 +118,7 @@ def compress(m: Model, text: Text, sizes: Sizes) -> tuple[Settings, Settings]:
     if not asked:
         raise UserError(f"{m.name} answers no needle of {sizes.length} tokens rightly; its heads cannot be told by them")
     judges = semantic_heads(m, asked, min(4, m.cfg.N))
-    read = [(list(x.context), list(x.questions[0] + x.answers[0])) for x in text.needles]
+    read = [(list(x.context), list(x.questions[0] + x.answers[0])) for x in text.needles[: sizes.errors]]
     importance = layer_importance(m, read, kv.compresskv(32, judges=judges))
     found = {"judges": judges, "importance": tuple(round(x, 5) for x in importance)}
     return found, {"needles": len(asked), "of": sum(len(x.questions) for x in text.needles), "contexts": len(read)}
@@ -208,7 +209,7 @@ def recipe(m: Model, names: list[str], text: Text, sizes: Sizes) -> dict[str, An
         forget_programs()
         settings, facts = SEARCHES[name](m, text, sizes)
         seconds = round(time.perf_counter() - start, 1)
-        find(name).build(**settings).check(m.cfg, sizes.length)
+        find(name).build(**settings).check(m.cfg, m.cfg.max_len)
         entries[name] = {"settings": settings, "recipe": {**facts, "sizes": asdict(sizes), "seconds": seconds}}
         print(f"{name}: {seconds:.0f} s", file=sys.stderr)
     return entries
@@ -219,14 +220,15 @@ def recipe(m: Model, names: list[str], text: Text, sizes: Sizes) -> dict[str, An
 
 def measure(m: Model, texts: list[Encoded], found: dict[str, Settings], budget: float = 0.25) -> dict[str, dict[str, Any]]:
     """Of each method: what is held and read, KL and the answers' log-probability of each text, as it is and as it was calibrated."""
-    readers, rows = [Reader(m, x) for x in texts], {}
+    reader, rows = Reader(m, *texts), {}
+    base = reader.qualities(Setup())
     for name, settings in found.items():
         method = find(name)
         given = {"budget": budget} if "budget" in method.settings() else {}
         kinds = {"default": given, "calibrated": given | settings}
         if method.calibrates == ("heads",) and method.part == "kv":
             kinds["lot"] = given | {"heads": by_lot(m, sum(map(len, settings["heads"])))}
-        rows[name] = {kind: figures(m, readers, method, how) for kind, how in kinds.items()}
+        rows[name] = {kind: figures(m, reader, base, method, how) for kind, how in kinds.items()}
         print(name, {kind: (row["kl"], row["held"], row["read"]) for kind, row in rows[name].items()}, file=sys.stderr)
     return rows
 
@@ -238,24 +240,19 @@ def by_lot(m: Model, count: int, seed: int = 0) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(np.flatnonzero(row).tolist()) for row in chosen.reshape(m.cfg.L, m.cfg.K))
 
 
-def figures(m: Model, readers: list[Reader], method: Method, settings: Settings) -> dict[str, Any]:
+def figures(m: Model, reader: Reader, base: list[Quality], method: Method, settings: Settings) -> dict[str, Any]:
     forget_programs()
     setup = replace(Setup(), **{method.part: method.build(**settings)})
-    found = [(reader.quality(setup), full(reader)) for reader in readers]
-    prompt = readers[0].context(setup)
+    mine, prompt = reader.qualities(setup), reader.context(setup)
     layers = pack(setup.kv, prompt.layers, setup.room(1), m.cfg)
     whole = dense_bytes(m.cfg, int(prompt.length_B.sum()), m.precision.cache)
-    figures = {
+    return {
         "held": round(tree_bytes(layers) / whole, 3), "read": round(read_bytes(setup, layers, m.cfg) / whole, 3),
-        "kl": [round(float(mine.kl(base).mean()), 4) for mine, base in found],
+        "kl": [round(float(q.kl(b).mean()), 4) for q, b in zip(mine, base, strict=True)],
+        "answer_logprob": [round(float(q.logprob.mean()), 2) for q in mine],
+        "exact": sum(int(q.exact.sum()) for q in mine), "full_exact": sum(int(q.exact.sum()) for q in base),
+        "asked": sum(len(q.exact) for q in mine),
     }  # fmt: skip
-    if readers[0].text.answers:
-        figures |= {
-            "answer_logprob": [round(float(mine.logprob.mean()), 2) for mine, _ in found],
-            "exact": sum(int(mine.exact.sum()) for mine, _ in found), "asked": sum(len(mine.exact) for mine, _ in found),
-            "full_exact": sum(int(base.exact.sum()) for _, base in found),
-        }  # fmt: skip
-    return figures
 
 
 def evaluation(m: Model, n: int = 4, length: int = 1024) -> list[Encoded]:

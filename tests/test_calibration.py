@@ -244,12 +244,10 @@ def test_settings_that_do_not_fit_the_model_are_refused_before_anything_is_measu
 
 
 def test_measured_rows_say_whether_they_are_calibrated(folder):
-    rng = np.random.default_rng(0)
-    text = Encoded(tuple(rng.integers(0, tiny.CFG.V, 48).tolist()), (), (), tuple(rng.integers(0, tiny.CFG.V, 6).tolist()), ())
-    given = {"budget": 0.5, "recent": 8, "dense": (0, 1)}
+    ids = tuple(np.random.default_rng(0).integers(0, tiny.CFG.V, 60).tolist())
+    text = Encoded(ids[:48], (ids[48:52],), (ids[52:54],), ids[54:], ())
     for model, said in (("tiny", True), ("nobody", False)):
-        row = settled(line("TidalDecode", **(given | ({} if said else {"select": (2,)}))), model)
-        found = Texts(M, Reader(M, text)).figures(row)
+        found = Texts(M, Reader(M, text)).figures(settled(line("RazorAttention", budget=0.5), model))
         assert found["calibrated"] is said
         assert averaged([found | {"context": 48, "batch": 0}], None)["calibrated"] is said
     assert "calibrated" in Texts(M, Reader(M, text)).figures(line("Full"))

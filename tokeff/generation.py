@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from typing import TYPE_CHECKING
 
 import jax
@@ -135,9 +136,11 @@ def encode(m: Model, prompts: str | Sequence[str] | Sequence[Sequence[int]], spe
     return ids
 
 
-def check_chunk(chunk: int | None) -> None:
-    if chunk is not None and chunk < 1:
+def check_chunk(chunk: int | None, bounded: int | None) -> None:
+    if chunk is not None and (not isinstance(chunk, Integral) or chunk < 1):
         raise UserError(f"chunk={chunk} reads nothing; give a number of tokens, or None for the whole prompt at once")
+    if chunk is not None and bounded is not None:
+        raise UserError(f"bounded={bounded} says already in which pieces the prompt is read; leave out chunk")
 
 
 def pad(ids: Sequence[Sequence[int]], T: int | None = None) -> tuple[jax.Array, jax.Array]:
@@ -233,7 +236,7 @@ def generate(
     setup = Setup(Full() if kv is None else kv, cut, Plain() if decode is None else decode, sampling, prefill, bounded)
     ids, eos = encode(m, prompts), m.cfg.eos if stop else ()
     setup.check(m, [len(row) for row in ids], max_new)
-    check_chunk(chunk)
+    check_chunk(chunk, bounded)
     setup = setup.fit(m)
     s = start(m, read(m, ids, setup, chunk=chunk), setup, max_new, seed, eos)
     return finished(m, go(m, s, setup, max_new, eos))
@@ -281,7 +284,7 @@ def stream(
 ) -> Iterator[str]:
     """Yield the text of one prompt's continuation piece by piece, after every `every` passes. Otherwise like `generate`."""
     setup = Setup(Full() if kv is None else kv, cut, Plain() if decode is None else decode, sampling, prefill, bounded)
-    check_chunk(chunk)
+    check_chunk(chunk, bounded)
     ids, eos = encode(m, [prompt] if isinstance(prompt, str) else [list(prompt)]), m.cfg.eos if stop else ()
     setup.check(m, [len(row) for row in ids], max_new)
     setup = setup.fit(m)

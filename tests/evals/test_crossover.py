@@ -4,6 +4,7 @@ import pytest
 import tiny
 
 from tokeff import experiment
+from tokeff.decode.methods import prompt_lookup
 from tokeff.errors import UserError
 from tokeff.evals import crossover
 from tokeff.evals.comparison import Line, line
@@ -27,6 +28,8 @@ def at(context, dense, step):
         (at(1000, 10, 9), at(5000, 30, 16), "always"),
         (at(1000, 10, 9), at(5000, 10, 9), "always"),
         (at(1000, 10, 12), at(5000, 30, 34), "never"),
+        (at(1000, 10, 11), at(5000, 30, 30.999), ">5000"),  # on a line to 4 million, which two lengths cannot tell
+        (at(1000, 10, 9), at(5000, 30, 33), "below 2000"),
     ],
 )
 def test_straight_lines_meet(short, long, found):
@@ -58,3 +61,6 @@ def test_what_cannot_be_timed_is_refused():
         Crossover("speed", (line("Full"),), contexts=(64,)).check()
     with pytest.raises(UserError, match="acts on the prompt"):
         Crossover("speed", (line("GemFilter"),)).check()
+    for row in (Line("Full", decode=prompt_lookup()), Line("SnapKV", kv=kv.snapkv(0.25), bounded=64)):
+        with pytest.raises(UserError, match="leave out bounded and decode"):
+            Crossover("speed", (row,)).check()

@@ -8,9 +8,9 @@ import tiny
 
 from tokeff import experiment
 from tokeff.errors import UserError
-from tokeff.evals.comparison import line
+from tokeff.evals.comparison import Line, line, timed_prefill
 from tokeff.evals.fidelity import Encoded, Reader
-from tokeff.evals.leaderboard import Batch, Leaderboard, averaged, entries, name_of
+from tokeff.evals.leaderboard import Batch, Leaderboard, Texts, averaged, entries, name_of
 from tokeff.generation import Setup
 from tokeff.kv import methods as kv
 from tokeff.kv.policy import Full
@@ -57,6 +57,30 @@ def test_texts_without_a_question_have_no_answer():
     asked, silent = row("SnapKV", 0, (0.4,)), row("SnapKV", 1, (0.4,), asked=[0], exact=[0], full_exact=[0], answer_logprob=[None])
     found = averaged([asked, silent], None)
     assert (found["n"], found["answer_logprob"], found["kl_n"]) == (3, -2.0, 2)
+
+
+def test_a_text_without_questions_is_measured_by_what_follows_it():
+    m = Model(tiny.CFG, tiny.params(), None, Precision("float32", "float32", "float32"), "tiny")
+    text = Encoded(tiny.prompts()[0], (), (), tiny.prompts()[1][:5], ())
+    assert Reader(m, text).later(Setup()) == [[]]
+    policy = kv.snapkv(0.5, window=6)
+    measured = Texts(m, Reader(m, text)).figures(Line("SnapKV", kv=policy)) | {"batch": 0, "context": 64}
+    found = averaged([measured], None)
+    assert found["kl"] > 0 and found["n"] == 0 and not {"later_logprob", "answer_logprob"} & set(found)
+
+
+def test_a_prefill_in_pieces_is_timed_by_itself():
+    m = Model(tiny.CFG, tiny.params(), None, Precision("float32", "float32", "float32"), "tiny")
+    reader = Reader(m, Encoded(tiny.prompts()[0], (), (), (3,), ()))
+    setups = [Setup(kv.h2o(24)), Setup(kv.h2o(24), bounded=16)]
+    for setup in setups:
+        timed_prefill(reader, setup)
+    assert set(reader.seconds) == {reader.key(setup) for setup in setups} and len(reader.seconds) == 2
+
+
+def test_a_rule_that_reads_the_prompt_twice_is_refused_in_pieces():
+    with pytest.raises(UserError, match="reads the whole prompt again"):
+        Leaderboard("b", (line("Full"), Line("KVzip", kv=kv.kvzip(0.5), bounded=16))).check()
 
 
 TWO = (Batch("multi_question", 64, n=2), Batch("multi_question", 128))

@@ -1,5 +1,6 @@
 """Reading a prompt in bounded memory: against the oracle, exact where nothing is dropped, and never more rows than budget and piece."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -22,7 +23,7 @@ from tokeff.listing import METHODS
 from tokeff.models.config import Config
 from tokeff.models.flow import Flow, Here
 from tokeff.reduce.methods import gemfilter
-from tokeff.sparse.methods import a_shape
+from tokeff.sparse.methods import a_shape, quest
 
 pytestmark = pytest.mark.core
 PIECE, LENGTH = 16, tiny.LENGTHS[0]
@@ -98,6 +99,27 @@ def test_a_batch_reads_as_single_prompts_do(name):
         alone = pack(policy, read(policy, (row,)).layers, Room(0), tiny.CFG)
         for mine, theirs in zip(both, alone, strict=True):
             assert tiny.kept(policy, mine)[b] == tiny.kept(policy, theirs)[0]
+
+
+@pytest.mark.parametrize("make", [kv.snapkv, kv.adakv], ids=lambda make: make.__name__)
+def test_a_sequence_that_ended_earlier_keeps_what_it_would_keep_alone(make):
+    """Heads of AdaKV hold different numbers of rows, chosen at the sequence's own end and not where the longest of its batch ends."""
+    policy, rows = make(ROWS, window=6), (tiny.prompts()[0], tiny.prompts()[1][:40])
+    both, alone = (pack(policy, read(policy, some).layers, Room(0), tiny.CFG) for some in (rows, rows[1:]))
+    for mine, theirs in zip(both, alone, strict=True):
+        assert tiny.kept(policy, mine)[1] == tiny.kept(policy, theirs)[0]
+
+
+def test_rows_that_come_later_find_their_slots_behind_those_kept():
+    """A selecting policy over a rule holds fewer rows than the prompt had; what comes is written behind them."""
+    policy = replace(quest(1.0, page=4, dense=(0,)), within=kv.snapkv(ROWS, window=6))
+    prompt, alone = read(policy), read(policy.within)
+    given = np.random.default_rng(3).integers(0, tiny.CFG.V, (len(tiny.LENGTHS), 4))
+    mine, theirs = (
+        [out for out, _ in tiny.forced(p, pack(p, x.layers, Room(4), tiny.CFG), x, given)]
+        for p, x in ((policy, prompt), (policy.within, alone))
+    )
+    np.testing.assert_allclose(mine, theirs, atol=1e-4)
 
 
 LONG = Config("long", V=61, D=64, F=96, L=8, N=4, K=2, H=16, max_len=16384, tied=False)

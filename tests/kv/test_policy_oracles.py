@@ -186,3 +186,12 @@ def test_one_budget_for_the_model_frees_memory():
     assert len(set(counts[:, 0].sum(axis=1))) > 1 and [layer.pool.owner_BP.shape[1] for layer in packed] == list(planned.pages)
     assert sum(planned.pages) * 4 <= counts.sum(axis=2).max(axis=1).sum() + 8 * (3 + 4)
     assert planned.plan(layers, tiny.CFG) is planned
+
+
+def test_heads_share_the_budget_that_the_rule_gives_their_layer():
+    """AdaKV's division of PyramidKV's budgets: each layer holds its own."""
+    rule = kv.pyramidkv(0.5, window=6)
+    layers = read(rule.needs(), None).layers
+    held = [[sum(map(len, tiny.kept(policy, layer)[0])) for layer in pack(policy, layers, Room(0), tiny.CFG)]
+            for policy in (rule, KeepByHead(rule, page=4))]  # fmt: skip
+    assert held[0] == held[1] and len(set(held[0])) == tiny.CFG.L

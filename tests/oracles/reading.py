@@ -97,12 +97,18 @@ def loudest_keys(seen, head: int, n: int) -> list[int]:
 
 def loudest_pairs(model, layer: int, seen, head: int, n: int) -> list[int]:
     """The n channels with the largest mean |q_c k_c| over all pairs of a query and a key of a text, summed over the head's queries."""
+    size = pairs(model, layer, seen, head)
+    return sorted(range(len(size)), key=lambda c: -size[c])[:n]
+
+
+def pairs(model, layer: int, seen, head: int) -> np.ndarray:
+    """That mean, of every channel."""
     q = {o: [model.rope(layer, x, o) for x in seen.q[o][head * model.G : (head + 1) * model.G]] for o in seen.orders}
-    size = [
+    found = [
         np.mean([abs(q[a][g][c] * seen.rotated[b][head][c]) for a in seen.orders for b in seen.orders for g in range(model.G)])
         for c in range(model.cfg.H)
     ]
-    return sorted(range(len(size)), key=lambda c: -size[c])[:n]
+    return np.array(found)
 
 
 class TokenSelect(Reader):

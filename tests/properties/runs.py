@@ -12,11 +12,15 @@ import pytest
 import tiny
 
 from tokeff.decode.loop import Decoding, run
+from tokeff.errors import UserError
+from tokeff.generation import Setup
 from tokeff.kv.cache import Room
 from tokeff.kv.extend import _pack_one, pack
 from tokeff.kv.policy import Ask
 from tokeff.kv.prefill import Prompt, one_layer
 from tokeff.listing import METHODS
+from tokeff.models.config import Precision
+from tokeff.models.load import Model
 
 STEPS = 6
 GIVEN = np.random.default_rng(2).integers(0, tiny.CFG.V, (len(tiny.LENGTHS), STEPS))
@@ -46,6 +50,19 @@ def part(name: str, kind: str = "small") -> dict[str, Any]:
     m = method(name)
     given = {"small": tiny.settings, "fast": tiny.fast, "identity": tiny.identity}[kind](m)
     return {m.part: m.make(**given)}
+
+
+def model() -> Model:
+    return Model(tiny.CFG, tiny.params(), None, Precision(), "tiny")
+
+
+def refusal(setup: Setup, m: Model | None = None, lengths: tuple[int, ...] = tiny.LENGTHS) -> str | None:
+    """Why a combination is refused, on the tiny model and its prompts unless others are given, or None."""
+    try:
+        setup.check(m or model(), lengths, tiny.NEW)
+    except UserError as error:
+        return str(error)
+    return None
 
 
 @cache

@@ -4,36 +4,24 @@ import itertools
 
 import numpy as np
 import pytest
-import runs
 import tiny
-from runs import listed, part, prompt
 
+import runs
+from runs import listed, part, prompt
 from tokeff.decode.sample import Sampling
-from tokeff.errors import UserError
 from tokeff.generation import Setup
 from tokeff.kv.cache import Room
 from tokeff.kv.extend import pack
 from tokeff.listing import METHODS
-from tokeff.models.config import Precision
-from tokeff.models.load import Model
 
 pytestmark = pytest.mark.core
 NAMES = {kind: [m.name for m in METHODS if m.part == kind] for kind in ("kv", "cut", "decode")}
 SAMPLING = Sampling(0.9, top_k=20, top_p=0.95)
 
 
-def model() -> Model:
-    return Model(tiny.CFG, tiny.params(), None, Precision(), "tiny")
-
-
 def refusal(kv, cut, decode, kind) -> str | None:
     """Why a combination is refused, or None."""
-    setup = Setup(**part(kv, kind), **(part(cut) if cut else {}), **(part(decode) if decode else {}))
-    try:
-        setup.check(model(), tiny.LENGTHS, tiny.NEW)
-    except UserError as error:
-        return str(error)
-    return None
+    return runs.refusal(Setup(**part(kv, kind), **(part(cut) if cut else {}), **(part(decode) if decode else {})))
 
 
 @pytest.mark.parametrize("kv", listed("kv"))

@@ -73,6 +73,18 @@ def test_double_sparsity_with_calibrated_channels():
         policy.check(dataclasses.replace(tiny.CFG, L=3, windows=(None,) * 3), 64)
 
 
+def test_every_calibration_text_counts_the_same():
+    """The longer of two does not count for more, and each alone would give other channels."""
+    m = Model(tiny.CFG, tiny.params(), None, Precision(), "tiny")
+    each = [calibrate(m, [text], 0.25) for text in tiny.prompts()]
+    found = calibrate(m, tiny.prompts(), 0.25)
+    for i in range(tiny.CFG.L):
+        for head in range(tiny.CFG.K):
+            size = sum(oracle.pairs(dense(b)[0], i, dense(b)[1][i], head) for b in range(2))
+            assert list(found[i][head]) == sorted(range(tiny.CFG.H), key=lambda c, size=size: -size[c])[:2]
+    assert found not in each
+
+
 @pytest.mark.parametrize("cosine", [None, 0.9, 0.0])
 def test_tokenselect_equals_its_oracle(cosine):
     policy = sparse.tokenselect(0.5, sinks=4, recent=8, cosine=cosine)

@@ -216,7 +216,7 @@ def greedy_match(bench: Bench, length: int, row: Line, tokens: list[int]) -> flo
 
 def timed_prefill(reader: Reader, setup: Setup) -> tuple[Prompt, float]:
     """The context's prefill and its seconds, compiled code warm. Policies that want the same evidence share both."""
-    prompt, key = reader.context(setup), (setup.kv.needs(), setup.cut, setup.prefill)
+    prompt, key = reader.context(setup), reader.key(setup)
     if key not in reader.seconds:
         start = time.perf_counter()
         jax.block_until_ready(reader.whole([reader.text.context], setup))

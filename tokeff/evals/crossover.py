@@ -15,6 +15,7 @@ from typing import Any
 from tokeff.bench import common
 from tokeff.bench.decode import Loop
 from tokeff.compat import forget_programs
+from tokeff.decode.draft import Plain
 from tokeff.errors import UserError
 from tokeff.evals.comparison import BASE, Line, budget_of, compile_cache, fitting, settled
 from tokeff.evals.cost import dense_bytes
@@ -51,6 +52,8 @@ class Crossover(Experiment):
         for row in self.rows:
             if row.setup.cut is not None or row.setup.prefill is not None:
                 raise UserError(f"{row.method} acts on the prompt and not on decoding; leave it out")
+            if row.bounded is not None or row.setup.decode != Plain():
+                raise UserError(f"{row.method} is timed on rows that are there, one row a step; leave out bounded and decode")
 
     def identity(self) -> Crossover:
         return Crossover(self.name, (), self.model, self.contexts, self.tokens, self.rounds)
@@ -85,12 +88,16 @@ class Crossover(Experiment):
 
 
 def pays_from(short: dict[str, Any], long: dict[str, Any]) -> str:
-    """The context length from which a step is faster than dense decoding's, on straight lines through two lengths."""
+    """The context length from which a step is faster than dense decoding's, on straight lines through two lengths; '>n' where that lies
+    beyond the longer one, n, and 'below n' for what is faster up to there only."""
     (a, b), gain = (short["context"], long["context"]), [row["dense_ms"] - row["step_ms"] for row in (short, long)]
     slope = (gain[1] - gain[0]) / (b - a) if b > a else 0.0
-    if slope <= 0:  # no length changes who is faster for good
+    if slope == 0 or min(gain) > 0 or max(gain) <= 0 > slope:  # no length changes who is faster
         return ALWAYS if min(gain) > 0 else NEVER
-    return ALWAYS if gain[0] >= 0 else f"{a - gain[0] / slope:.0f}"
+    level = a - gain[0] / slope
+    if slope < 0:
+        return f"below {level:.0f}"
+    return ALWAYS if gain[0] >= 0 else f">{b}" if level > b else f"{level:.0f}"
 
 
 @dataclass(eq=False)

@@ -102,13 +102,13 @@ class Reader:
         own = tuple(setup.kv.needs())
         return self.evidence if set(own) <= set(self.evidence) else own
 
-    def _key(self, setup: Setup) -> Any:
+    def key(self, setup: Setup) -> Any:
         """What a prefill depends on."""
         return setup.kv if setup.bounded else self.needs(setup), setup.cut, setup.prefill, setup.bounded
 
     def context(self, setup: Setup) -> Prompt:
         """The contexts alone, prefilled with the evidence this policy needs and the pass they go through."""
-        key = self._key(setup)
+        key = self.key(setup)
         if key not in self._contexts:
             self._contexts[key] = self.whole([text.context for text in self.texts], setup)
         return self._contexts[key]
@@ -120,7 +120,7 @@ class Reader:
         shared = bool(self.evidence) and setup.prefill is None and not setup.bounded and self.needs(setup) == self.evidence
         found = self._questions
         if not shared:  # of these only the latest kind stays, for the next budget of the same method
-            key = self._key(setup)
+            key = self.key(setup)
             if self._own[0] != key:
                 self._own = key, {}
             found = self._own[1]
@@ -183,6 +183,8 @@ class Reader:
     def later(self, setup: Setup) -> list[list[tuple[float, float]]]:
         """Of each text (exact, log-probability) of every answer when the context was compressed before any question was known, and
         each question is asked of it anew."""
+        if not self.text.answers:
+            return [[] for _ in self.texts]
         prompt, found = self.context(setup), []
         T = max(len(q) + len(a) for text in self.texts for q, a in zip(text.questions, text.answers, strict=True))
         with beside(self.m.params):

@@ -22,6 +22,7 @@ from tokeff.evals.fidelity import Encoded, Quality, Reader, encode_example
 from tokeff.evals.stats import Interval, bootstrap_mean, mean, paired_difference
 from tokeff.experiment import Experiment
 from tokeff.generation import Setup
+from tokeff.kv.bounded import check_bounded
 from tokeff.kv.extend import pack
 from tokeff.kv.policy import tree_bytes
 from tokeff.listing import Method, find
@@ -70,6 +71,7 @@ class Leaderboard(Experiment):
     def check(self) -> None:
         for row in self.rows:
             row.setup.check_evidence()
+            check_bounded(row.bounded, row.kv, row.cut, row.prefill)
         if BASE not in {row.method for row in self.rows}:
             raise UserError(f"a leaderboard needs the row {BASE!r} to compare with; add line({BASE!r})")
 
@@ -161,7 +163,7 @@ class Texts:
         """Quality and bytes of one row on these texts; what differs by text is a list."""
         setup, listed, base = row.setup.fit(self.m), find(row.method), self.base()
         mine = base if setup == Setup() else self.reader.qualities(setup)
-        later = self.reader.later(setup) if setup.cut is None else None
+        later = self.reader.later(setup) if setup.cut is None and self.reader.text.answers else None
         prompt = self.reader.context(setup)
         layers = pack(setup.kv, prompt.layers, setup.room(len(self.reader.text.held_out)), self.m.cfg)
         whole = dense_bytes(self.m.cfg, int(prompt.length_B.sum()), self.m.precision.cache)
@@ -188,10 +190,10 @@ def averaged(rows: list[dict[str, Any]], chance: list[dict[str, Any]] | None) ->
     found |= {name: float(np.mean([row[name] for row in rows])) for name in ("held", "read")}
     found["measured_s"] = sum(row.get("measured_s") or 0 for row in rows)
     found |= {"needles_exact": sum(flat(rows, "exact")), "n": sum(flat(rows, "asked")), "full_exact": sum(flat(rows, "full_exact"))}
-    if all(row.get("later_exact") is not None for row in rows):
-        found |= {"later_exact": sum(flat(rows, "later_exact")), "later_logprob": float(np.mean(flat(rows, "later_logprob")))}
+    if asked := [row for row in rows if row.get("later_exact") is not None]:  # not of a pass, nor of texts without questions
+        found |= {"later_exact": sum(flat(asked, "later_exact")), "later_logprob": float(np.mean(flat(asked, "later_logprob")))}
     found["top1_agree"] = float(np.mean(flat(rows, "top1_agree")))
-    for name in ("kl", "loss", "answer_logprob"):
+    for name in (name for name in ("kl", "loss", "answer_logprob") if flat(rows, name)):
         value = over_texts(flat(rows, name))
         found |= {name: value.value}
         if value.n > 1:

@@ -150,7 +150,7 @@ def choose(d_BT: jax.Array, order_BT: jax.Array, sure_BT: jax.Array, share: floa
     deviation."""
     T, free = d_BT.shape[1], (order_BT != EMPTY) & ~sure_BT
     keep_B = sure_BT.sum(axis=1) + jnp.ceil(share * free.sum(axis=1) - 1e-4).astype(jnp.int32)
-    score = jnp.where(sure_BT, jnp.inf, jnp.where(free, jnp.nan_to_num(d_BT), -jnp.inf))
+    score = jnp.where(sure_BT, jnp.inf, jnp.where(free, jnp.nan_to_num(d_BT, nan=jnp.finfo(d_BT.dtype).max), -jnp.inf))
     index = best(score[:, None], keep_B, most)[:, 0]
     return jnp.where(index == T, EMPTY, index)
 

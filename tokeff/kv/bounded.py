@@ -8,16 +8,17 @@ hold every row (`Policy.squeeze` gives all of them back) are read exactly, in th
 from __future__ import annotations
 
 from functools import partial
+from numbers import Integral
 
 import jax
 import jax.numpy as jnp
 
 from tokeff.errors import UserError
 from tokeff.kv.evidence import Evidence
-from tokeff.kv.policy import Policy, Prefilled
+from tokeff.kv.policy import Policy, Prefilled, pad_slots
 from tokeff.kv.prefill import Gather, Prompt, alike, blank, close_gaps, last_logits, run_layers
 from tokeff.models.config import Config, Params
-from tokeff.models.flow import Here
+from tokeff.models.flow import EMPTY, Here
 from tokeff.models.transformer import embed, last_row, orders
 
 
@@ -25,8 +26,8 @@ def check_bounded(piece: int | None, policy: Policy, cut, pattern) -> None:
     """Refuse what needs the whole prompt at once."""
     if piece is None:
         return
-    if piece < 1:
-        raise UserError(f"bounded={piece} reads no token at a time; give 1 or more, or leave it out")
+    if not isinstance(piece, Integral) or piece < 1:
+        raise UserError(f"bounded={piece} reads no token at a time; give a whole number of 1 or more, or leave it out")
     if cut is not None:
         raise UserError(f"{type(cut).__name__} ranks the whole prompt at layer {cut.layer}; read it without bounded")
     if pattern is not None:
@@ -42,19 +43,20 @@ def prefill_bounded(
 ) -> Prompt:  # fmt: skip
     """`prefill` in pieces of `piece` tokens, with `policy.squeeze` between them. Heads then hold different rows.
 
-    Each piece is to its own end what a prompt is to its end: a window of last queries is that of the piece. A share as a budget is one of
-    the whole prompt from the first piece on.
+    Each piece is to its own end what a prompt is to its end: a window of last queries is that of the piece, and a last piece of few
+    tokens has few. A share as a budget is one of the whole prompt from the first piece on. A sequence of the batch that has ended keeps the
+    rows it ended with, for `pack` to choose from: as much as another piece, as long as longer ones are read.
     """
-    B, T = tokens_BT.shape
+    (B, T), longest = tokens_BT.shape, int(length_B.max())
     order = orders(length_B, T)
     layers = tuple(rows.replace(whole_B=length_B, whole=T) for rows in blank(cfg, B, jnp.zeros_like(length_B), dtype))
     gather, x_B1D = Gather(tuple(evidence), gaps=True), None
-    for a in range(0, T, piece):
+    for a in range(0, longest, piece):
         part = slice(a, min(a + piece, T))
         layers = tuple(arrive(layer, jnp.minimum(length_B, part.stop)) for layer in layers)
         flow, layers = run_layers(
             params, cfg, embed(params, cfg, tokens_BT[:, part], order[:, part]), layers, policy=gather,
-            then=None if part.stop == T else partial(squeeze_one, policy, cfg),
+            then=None if part.stop >= longest else partial(squeeze_one, policy, cfg, piece, length_B > part.stop),
         )  # fmt: skip
         ends = (length_B > part.start)[:, None, None]
         x_B1D = last_row(flow) if x_B1D is None else jnp.where(ends, last_row(flow), x_B1D)
@@ -76,11 +78,29 @@ def arrive(layer: Prefilled, length_B: jax.Array) -> Prefilled:
     return layer.replace(length_B=length_B, evidence_BKS={a: kept(a, x) for a, x in layer.evidence_BKS.items()})
 
 
-def squeeze_one(policy: Policy, cfg: Config, i: int, rows: Prefilled) -> Prefilled:
-    """What the policy lets layer i hold between pieces."""
-    return _squeeze(rows, policy=policy, here=Here(alike(policy, None, cfg, i), cfg))
+def squeeze_one(policy: Policy, cfg: Config, piece: int, more_B: jax.Array, i: int, rows: Prefilled) -> Prefilled:
+    """What the policy lets layer i hold between pieces, of the sequences of which more comes."""
+    here = Here(alike(policy, None, cfg, i), cfg)
+    return _squeeze(rows, more_B, policy=policy, piece=None if bool(more_B.all()) else piece, here=here)
 
 
-@partial(jax.jit, static_argnames=("policy", "here"))
-def _squeeze(rows: Prefilled, *, policy: Policy, here: Here) -> Prefilled:
-    return policy.squeeze(close_gaps(rows), here)
+@partial(jax.jit, static_argnames=("policy", "piece", "here"))
+def _squeeze(rows: Prefilled, more_B: jax.Array, *, policy: Policy, piece: int | None, here: Here) -> Prefilled:
+    rows = close_gaps(rows)
+    small = policy.squeeze(rows, here)
+    return small if piece is None else either(more_B, small, rows, piece)
+
+
+def either(more_B: jax.Array, small: Prefilled, rows: Prefilled, piece: int) -> Prefilled:
+    """`small` of the sequences of which more comes, `rows` of those that have ended: what they were left with, and a piece."""
+    S = min(rows.order_BKS.shape[2], small.order_BKS.shape[2] + piece)
+
+    def pick(few, all_of_them, fill=0):
+        more = more_B.reshape(-1, *(1,) * (few.ndim - 1))
+        return jnp.where(more, pad_slots(few[:, :, :S], S, 2, fill), all_of_them[:, :, :S])
+
+    return rows.replace(
+        k_BKSH=pick(small.k_BKSH, rows.k_BKSH), v_BKSH=pick(small.v_BKSH, rows.v_BKSH),
+        order_BKS=pick(small.order_BKS, rows.order_BKS, EMPTY),
+        evidence_BKS={a: pick(x, rows.evidence_BKS[a]) if a.per_row else x for a, x in small.evidence_BKS.items()},
+    )  # fmt: skip

@@ -31,6 +31,8 @@ def check_budget(budget: Budget, length: int) -> None:
     if isinstance(budget, AtLeast):
         check_budget(budget.share, length)
         check_budget(budget.rows, length)
+    elif isinstance(budget, bool) or not isinstance(budget, (int, float)):
+        raise UserError(f"budget {budget!r} is a {type(budget).__name__}; give a share as a float, or a number of rows as an int")
     elif isinstance(budget, float) and not 0 < budget <= 1:
         raise UserError(f"budget {budget} is not a share of the context; give a fraction in (0, 1] or a number of rows")
     elif not isinstance(budget, float) and not 0 < budget <= length:

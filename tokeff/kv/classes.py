@@ -55,11 +55,16 @@ class ByClass(Policy):
             raise UserError(f"heads names {len(self.heads)} layers and {cfg.name} has {cfg.L}; give one entry for all, or one a layer")
         if any(sorted(set(some)) != list(some) or not set(some) <= set(range(cfg.K)) for some in self.heads):
             raise UserError(f"heads must be ascending numbers of kv heads, 0 to {cfg.K - 1} in {cfg.name}; got {str(self.heads)[:60]}")
-        self.some.check(cfg, length)
-        self.rest.check(cfg, length)
+        for policy in (self.some, self.rest):
+            if reason := policy.by_head():
+                raise UserError(f"{type(policy).__name__} cannot have a class of heads: {reason}")
+            policy.check(cfg, length)
 
     def drafts(self, depth: int) -> str | None:
         return self.some.drafts(depth) or self.rest.drafts(depth)
+
+    def by_head(self) -> str | None:
+        return "its classes name heads of the whole layer"
 
     def role(self, layer: int):
         return self.of(layer), self.some.role(layer), self.rest.role(layer)
@@ -93,6 +98,15 @@ class ByClass(Policy):
             outs.append(out)
             order.append(asked)
         return jnp.concatenate(outs, axis=2)[:, :, np.argsort(np.concatenate(order))], layer, across
+
+    def place(self, layers: tuple[Classed, ...]) -> tuple[Classed, ...]:
+        def placed(policy: Policy, part: Any) -> Any:
+            return None if part is None else policy.place((part,))[0]
+
+        return tuple(layer.replace(some=placed(self.some, layer.some), rest=placed(self.rest, layer.rest)) for layer in layers)
+
+    def bytes_moved(self, layer: Classed, here: Here) -> int:
+        return sum(policy.bytes_moved(getattr(layer, name), inside) for name, policy, _, inside in self.parts(layer.heads, here))
 
     def vacancy(self, layer: Classed) -> jax.Array | None:
         free = [policy.vacancy(part) for policy, part in ((self.some, layer.some), (self.rest, layer.rest)) if part is not None]

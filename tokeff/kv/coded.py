@@ -160,7 +160,9 @@ def check_rule(rule: Policy) -> None:
     """Refuse a rule that does not leave rows of the prompt as they are in `Rows`, to be read as they are."""
     own = type(rule)
     parts = ("attend", "read", "store", "stored_keys", "pack")
-    plain = own is Full or (isinstance(rule, Keep) and not rule.evict and all(getattr(own, x) is getattr(Keep, x) for x in parts))
+    plain = own is Full or (isinstance(rule, Keep) and all(getattr(own, x) is getattr(Keep, x) for x in parts))
+    if plain and isinstance(rule, Keep) and rule.evict:
+        raise UserError(f"{own.__name__} evicts while it decodes, and what takes its rows keeps them; set evict=0")
     if not plain:
         raise UserError(f"{own.__name__} has a store of its own; take the rows of full() or of a Keep with evict=0 and without one")
 

@@ -31,17 +31,17 @@ class HeadMass(Evidence):
     """Attention mass from the last `last` rows, the mean over the query heads named for the layer, the same for every kv head."""
 
     last: int
-    heads: Heads
+    judges: Heads
     per_row: ClassVar[bool] = True
 
     def of(self, layer: int) -> tuple[int, ...]:
-        return self.heads[layer if len(self.heads) > 1 else 0]
+        return self.judges[layer if len(self.judges) > 1 else 0]
 
     def check(self, cfg, length: int) -> None:
-        if len(self.heads) not in (1, cfg.L):
-            raise UserError(f"heads names {len(self.heads)} layers and {cfg.name} has {cfg.L}; give one entry for all, or one a layer")
-        if any(not some or not set(some) <= set(range(cfg.N)) for some in self.heads):
-            raise UserError(f"every layer needs a query head, 0 to {cfg.N - 1} in {cfg.name}; got {str(self.heads)[:60]}")
+        if len(self.judges) not in (1, cfg.L):
+            raise UserError(f"judges names {len(self.judges)} layers and {cfg.name} has {cfg.L}; give one entry for all, or one a layer")
+        if any(not some or not set(some) <= set(range(cfg.N)) for some in self.judges):
+            raise UserError(f"every layer needs a query head, 0 to {cfg.N - 1} in {cfg.name}; got {str(self.judges)[:60]}")
 
     def attends(self) -> float:
         return self.last

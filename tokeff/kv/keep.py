@@ -54,7 +54,7 @@ class Keep(Policy):
             raise UserError(f"{type(self.score).__name__} is defined at the end of the prompt; set evict=0")
         sinks, recent = self.sink_rows(rows), self.recent_rows(rows)
         if sinks + recent > rows:
-            raise UserError(f"sinks {sinks} and recent {recent} exceed a budget of {rows} rows; raise the budget")
+            raise UserError(f"sinks {sinks} and recent {recent} exceed a budget of {rows} rows; raise the budget, or lower sinks or window")
         if self.evict and sinks + recent + self.evict > rows:
             raise UserError(f"evict={self.evict} leaves no row of the budget of {rows} to evict; lower evict or recent")
 

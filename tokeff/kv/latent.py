@@ -85,6 +85,9 @@ class TransMLA(Policy):
         if not self.converted and length < self.low(cfg) < all_of_them:
             raise UserError(f"a prompt of {length} tokens does not determine {self.low(cfg)} directions; give rank={length} or less")
 
+    def by_head(self) -> str | None:
+        return "one row serves all heads of a layer"
+
     def fit(self, m: Model) -> TransMLA:
         if self.converted:
             for i, w in enumerate(m.params.blocks):

@@ -1,7 +1,8 @@
 """Published KV-cache methods, each one expression over the parts of this folder.
 
 `budget` is the share (float) or number (int) of prompt rows kept per kv head. Constants are the `scaled` setting: the paper's
-numbers as shares of the context they were published for, which is what a 2k prompt on a small model can be measured with.
+numbers as shares of the context they were published for, which is what a 2k prompt on a small model can be measured with. Where heads
+or layers come from a search on the model, `tokeff.calibration.settings(model, NAME)` has what it found.
 """
 
 from __future__ import annotations

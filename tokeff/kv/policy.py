@@ -75,6 +75,10 @@ class Policy:
         """None when tree drafts of this depth equal one-row decoding under the policy; else the reason they do not."""
         return None
 
+    def by_head(self) -> str | None:
+        """None when some heads of a layer can be under it, beside another policy (kv/classes.py); else the reason they cannot."""
+        return None if type(self).pack is Policy.pack else "it decides over all layers at once"
+
     def role(self, layer: int) -> Any:
         """What this layer does under the policy. Layers with equal roles share compiled code, so a policy whose methods read
         `here.layer` must tell them apart here; None when all layers are alike."""
@@ -145,7 +149,7 @@ class Full(Policy):
         B, K = rows.k_BKSH.shape[:2]
         order = jnp.broadcast_to(pad_slots(rows.order_BKS, C, 2, EMPTY), (B, K, C))
         k, v = pad_slots(rows.k_BKSH, C, 2), pad_slots(rows.v_BKSH, C, 2)
-        return Rows(k, v, order, rows.count_B, draft=empty_draft(k, room.draft))
+        return Rows(k, v, order, rows.here_B, draft=empty_draft(k, room.draft))
 
     def attend(self, q, k, v, ask: Flow, new: Flow, layer: Rows, accepted: Accepted | None, across, here: Here):
         q, k = here.rotate(q, ask.angle_BT[:, :, None]), here.rotate(k, new.angle_BT[:, :, None])

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from flax import struct
 
 from tokeff.errors import UserError
 from tokeff.kernels import merge
-from tokeff.kv.budget import Spread, most_rows
+from tokeff.kv.budget import Spread
 from tokeff.kv.cache import Room, Rows, empty_draft, whole_tiles
 from tokeff.kv.keep import Keep
 from tokeff.kv.policy import Policy, Prefilled, append
@@ -111,6 +111,9 @@ class Paging(Policy):
         if self.rule.evict:
             raise UserError("budgets that differ by head are made once, at the end of the prompt; set evict=0")
 
+    def role(self, layer: int) -> Any:
+        return self.rule.role(layer)
+
     def squeeze(self, rows: Prefilled, here: Here) -> Prefilled:
         """Heads hold equally many rows until the prompt ends."""
         return self.rule.squeeze(rows, here)
@@ -157,7 +160,7 @@ class KeepByHead(Paging):
         keep = self.spread.keep(*self.rule.guarded(rows, here))
         # Every head wastes less than one page, so the sum of ceil(rows / R) is at most (K * M + K * (R - 1)) / R. Rounded up to
         # a multiple of K: a mesh that divides the heads then divides the pages.
-        P = K * math.ceil((most_rows(self.rule.budget, rows.most) + self.page - 1) / self.page)
+        P = K * math.ceil((self.rule.rows(rows.most, here) + self.page - 1) / self.page)
         return self.paged(rows, keep, P, room)
 
 

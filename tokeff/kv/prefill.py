@@ -130,10 +130,7 @@ def prefill(
     after: rows that are there already; these tokens continue them (the next question on one context). Evidence of the last rows
     then counts the rows of this call only. Raises UserError when a pass that ranks the whole prompt gets it in pieces.
     """
-    if cut is not None and (after is not None or (chunk is not None and chunk < tokens_BT.shape[1])):
-        raise UserError(f"{type(cut).__name__} ranks the whole prompt at layer {cut.layer}; give it in one piece, without chunk")
-    if chunk is not None and chunk < tokens_BT.shape[1] and getattr(pattern, "whole_prompt", False):
-        raise UserError(f"{type(pattern).__name__} ranks by the end of the whole prompt; give it in one piece, without chunk")
+    check_pieces(after is not None, chunk if chunk is not None and chunk < tokens_BT.shape[1] else None, cut, pattern)
     text, given_B, dtype, place = tokens_BT, length_B, dtype or params.embed_VD.dtype.name, None
     if pattern is not None and pattern.own_pass and after is None:
         check_pass(pattern, cut)
@@ -162,6 +159,18 @@ def prefill(
         layers = tuple(close_gaps(layer) for layer in layers)
     prompt = Prompt(layers, text, given_B, length_B, last_logits(params, cfg, x), place)
     return revisited(evidence, params, cfg, prompt, tokens_BT, own_B, dtype)
+
+
+def check_pieces(goes_on: bool, chunk: int | None, cut: Pass | None, pattern: Any) -> None:
+    """Refuse a prompt that continues another, or comes in chunks (None: in one), to what ranks all of it or works in blocks."""
+    if cut is not None and (goes_on or chunk is not None):
+        raise UserError(f"{type(cut).__name__} ranks the whole prompt at layer {cut.layer}; give it in one piece, without chunk")
+    if chunk is None or pattern is None:
+        return
+    if pattern.whole_prompt:
+        raise UserError(f"{type(pattern).__name__} ranks by the end of the whole prompt; give it in one piece, without chunk")
+    if not goes_on and chunk % pattern.block:
+        raise UserError(f"chunks must be whole blocks of {pattern.block}; give chunk={-(-chunk // pattern.block) * pattern.block}")
 
 
 def check_pass(pattern: Any, cut: Pass | None) -> None:

@@ -69,9 +69,10 @@ class LastRowTopK:
         """index_BM of the rows that go on, ascending, EMPTY past their number."""
         real = flow.order_BT != EMPTY
         n_B = real.sum(axis=1)
-        score = smooth(last_scores(q_BTNH, k_BTKH, flow, here), real, self.kernel)
+        score = last_scores(q_BTNH, k_BTKH, flow, here)
+        number = real & ~jnp.isnan(score)
         last = flow.order_BT == flow.order_BT.max(axis=1, keepdims=True)
-        score = jnp.where(last, jnp.inf, jnp.where(real, score, NEG))
+        score = jnp.where(last, jnp.inf, jnp.where(number, smooth(score, number, self.kernel), NEG))
         T = score.shape[1]
         M = most_rows(self.budget, T)
         _, index = top_k(score, M, "BT")

@@ -30,8 +30,8 @@ class TopScores(Exact):
 
 
 def log_shares(logits_BKGTC: jax.Array, open_BKTC: jax.Array) -> jax.Array:
-    """Logarithm of the softmax of each query head over the open rows: shares that underflow still have a rank."""
-    return jax.nn.log_softmax(jnp.where(open_BKTC[:, :, None], logits_BKGTC, NEG), axis=-1)
+    """Logarithm of the softmax of each query head over the open rows: shares that underflow still have a rank. NaN has no share."""
+    return jax.nn.log_softmax(jnp.where(open_BKTC[:, :, None] & ~jnp.isnan(logits_BKGTC), logits_BKGTC, NEG), axis=-1)
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ class Flex(Pattern):
     def choose(self, rows: Rows, here: Here) -> Reading:
         own, R = own_blocks(rows, self.block), self.block
         p_BKWS, back_BWS = last_attention(rows, R, here)
-        p_BKWS = p_BKWS / p_BKWS.sum(axis=(2, 3), keepdims=True)
+        p_BKWS = p_BKWS / jnp.maximum(p_BKWS.sum(axis=(2, 3), keepdims=True), 1e-37)
         column = p_BKWS.sum(axis=2)
         aware = self.aware(rows, column, here)[:, :, None]
         pooled = pooled_attention(rows, R, here)
@@ -101,7 +101,7 @@ def block_softmax(q_BQNH: jax.Array, rows: Rows, R: int, own_Q: jax.Array, here:
     B, Q, N, H = q_BQNH.shape
     q = q_BQNH.reshape(B, Q, k_BPKH.shape[2], -1, H)
     logits = jnp.einsum("bqkgh,bpkh->bkgqp", q, k_BPKH, preferred_element_type=jnp.float32) * here.cfg.scale
-    seen = there_BP[:, None, None, None] & (jnp.arange(k_BPKH.shape[1]) <= own_Q[:, None])
+    seen = there_BP[:, None, None, None] & (jnp.arange(k_BPKH.shape[1]) <= own_Q[:, None]) & ~jnp.isnan(logits)
     return jnp.where(seen, jax.nn.softmax(jnp.where(seen, logits, -jnp.inf), axis=-1), 0).mean(axis=2)
 
 

@@ -11,6 +11,7 @@ from flax import struct
 from tokeff.errors import UserError
 from tokeff.kernels import merge
 from tokeff.kv.cache import Rows, per_head, take_rows
+from tokeff.kv.keep import numbers
 from tokeff.kv.policy import Ask, Prefilled, pad_slots
 from tokeff.kv.read import read_draft
 from tokeff.models.attention import scores
@@ -54,7 +55,7 @@ class Representatives(Selector):
         order = in_pages(store.order_BKC, self.page, EMPTY)
         mass = in_pages(pad_slots(rows.evidence_BKS[Ask()], store.capacity, 2), self.page)
         B, K, P, _ = mass.shape
-        _, at = top_k(jnp.where(order == EMPTY, -jnp.inf, mass), self.count, "BKPR")
+        _, at = top_k(jnp.where(order == EMPTY, -jnp.inf, numbers(mass)), self.count, "BKPR")
         slot = jnp.minimum(jnp.arange(P)[:, None] * self.page + at, store.capacity - 1).reshape(B, K, -1)
         key = here.rotate(take_rows(store.k_BKCH, slot), jnp.maximum(jnp.take_along_axis(store.order_BKC, slot, axis=2), 0), inverse=True)
         return Known(key.reshape(B, K, P, self.count, -1))

@@ -49,6 +49,9 @@ class Labels(Selector):
         if shape != {(cfg.L, cfg.K, self.width(cfg.H))}:
             raise UserError(f"channels are not {self.width(cfg.H)} for each of {cfg.K} heads and {cfg.L} layers; calibrate on this model")
 
+    def by_head(self) -> str | None:
+        return None if self.channels is None else "its channels are listed for all heads; leave out channels"
+
     def summary(self, rows: Prefilled, store: Rows, here: Here) -> Labelled:
         B, K, _, H = store.k_BKCH.shape
         if self.channels is None:

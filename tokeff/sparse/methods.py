@@ -27,7 +27,7 @@ def tidaldecode(budget: Budget = 0.125, dense: tuple[int, ...] = (0, 1), select:
     """TidalDecode (Yang et al. 2024): two selecting layers choose rows by raw q.k, all others read what they chose.
 
     `recent` rows before each query are always read; the paper forces none. It makes drafts exact (see `Read`). On SmolLM2-135M the best
-    second selecting layer is 5 (experiments/tidal_layers.py); 9 is the published default.
+    second selecting layer is 5 (`tokeff.calibration.settings(model, "TidalDecode")`); 9 is the published default.
     """
     return Read(budget, TopScores(), dense, select, recent, own=False)
 
@@ -65,10 +65,11 @@ def kascade(
     """Kascade (Deshmukh et al. 2025): anchor layers choose the rows with the most attention, summed over the query heads of a kv head,
     and read those; each layer above reads what the nearest anchor below it chose.
 
-    head_map: for every layer, which head of the anchor each kv head follows (the paper maps heads by similarity); None: the same one. The
-    default anchors are the published ones of Llama-3.1-8B (0, 2, 8, 13, 14) with layer 1, which there follows layer 0, dense as well.
-    `paper`: a budget of 0.1, at least 128 rows. Prefill is dense; in the paper tiles of 32 queries select there too. `recent` rows are
-    always read, so that drafts are exact.
+    head_map: for every layer, which head of the anchor each kv head follows; None: the same one. `tokeff.sparse.anchors.anchors(model,
+    texts)` finds both by the paper's search; `tokeff.calibration.settings(model, "Kascade")` has what it found. The default anchors are
+    the published ones of Llama-3.1-8B (0, 2, 8, 13, 14) with layer 1, which there follows layer 0, dense as well. `paper`: a budget
+    of 0.1, at least 128 rows. Prefill is dense; in the paper tiles of 32 queries select there too. `recent` rows are always read, so that
+    drafts are exact.
     """
     return Read(budget, TopMass(), dense, select, recent, heads=head_map)
 
@@ -117,9 +118,10 @@ def double_sparsity(
 ) -> Read:
     """Double Sparsity (Yang et al. 2024): rows are chosen by q.k over a few channels, whose copies are all that is read to choose.
 
-    channels: from `tokeff.sparse.calibrate.calibrate(model, text, labels)`, the paper's offline calibration; None takes them from the
-    prompt's own keys. Scores of a kv head's query heads are added up. `recent` rows are always read; the paper forces none.
-    `paper`: budget=128 with labels=0.5 or 0.25, or 256 with labels=0.125; its label cache has 4 or 2 bits, ours the cache's dtype.
+    channels: from `tokeff.sparse.calibrate.calibrate(model, text, labels)`, the paper's offline calibration (SmolLM2's are in
+    `tokeff.calibration.settings(model, "DoubleSparsity")`); None takes them from the prompt's own keys. Scores of a kv head's
+    query heads are added up. `recent` rows are always read; the paper forces none. `paper`: budget=128 with
+    labels=0.5 or 0.25, or 256 with labels=0.125; its label cache has 4 or 2 bits, ours the cache's dtype.
     """
     return Read(budget, Labels(labels, channels), dense, recent=recent)
 
@@ -202,7 +204,8 @@ def minference(
 ) -> VerticalSlash | PerHead:  # fmt: skip
     """MInference (Jiang et al. 2024): vertical-slash, A-shape or block-sparse, chosen offline for each head.
 
-    heads: 0, 1 or 2 for each layer and kv head, from `tokeff.sparse.search.search(model, text)`; none given takes vertical-slash
+    heads: 0, 1 or 2 for each layer and kv head, from `tokeff.sparse.search.search(model, text)` or, with the sizes they were compared at,
+    `tokeff.calibration.settings(model, "MInference")`; none given takes vertical-slash
     everywhere, which the paper's search prefers for most heads. Patterns belong to kv heads here, to query heads there. first: columns
     that vertical-slash reads in any case, None for as many as `sinks`. `paper`: vertical=1000 with first=30, slash=6096 diagonals (here
     bundles of `block`, rounded up: 96), top=100, sinks=128, window=3968, dense=0.

@@ -81,8 +81,6 @@ class Pattern:
 
     def attend(self, q, k, v, order_BS, ask: Flow, length_B, first: int, here: Here) -> tuple[jax.Array, jax.Array]:
         """(out_BTNH, lse_BTN) of this call's queries over what they read."""
-        if first % self.block:
-            raise UserError(f"chunks must be whole blocks of {self.block}; give chunk={-(-first // self.block) * self.block}")
         rows = Rows(q, k, v, order_BS, ask, length_B, first)
         out, lse = read_blocks(self, rows, self.choose(rows, here), here)
         return over_last(rows, self.dense, out, lse, here) if self.dense else (out, lse)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from tokeff.errors import UserError
+from tokeff.kv.keep import numbers
 from tokeff.models.attention import NEG, scores
 from tokeff.models.flow import EMPTY, Here
 from tokeff.sharding import top_k
@@ -122,7 +123,7 @@ def pooled_scores(rows: Rows, R: int) -> jax.Array:
     k_BPKH, _ = block_means(rows.k_BKSH.swapaxes(1, 2), rows.order_BS != EMPTY, R)
     B, Q, N, H = q_BQNH.shape
     q_BQKH = q_BQNH.reshape(B, Q, k_BPKH.shape[2], -1, H).mean(axis=3)
-    score = jnp.einsum("bqkh,bpkh->bkqp", q_BQKH, k_BPKH)
+    score = numbers(jnp.einsum("bqkh,bpkh->bkqp", q_BQKH, k_BPKH))
     return jnp.where(jnp.arange(score.shape[-1]) <= own_blocks(rows, R)[:, None], score, -jnp.inf)
 
 
@@ -181,7 +182,9 @@ def last_attention(rows: Rows, last: int, here: Here) -> tuple[jax.Array, jax.Ar
     q, order = last_rows(rows, last)
     back = jnp.where(rows.order_BS[:, None] == EMPTY, -1, order[..., None] - rows.order_BS[:, None])
     seen = ((back >= 0) & (rows.order_BS[:, None] >= here.lo(order)[..., None]) & (order != EMPTY)[..., None])[:, None, None]
-    logits = jnp.where(seen, scores(q, rows.k_BKSH, here.cfg.scale, here.cfg.softcap), NEG)
+    logits = scores(q, rows.k_BKSH, here.cfg.scale, here.cfg.softcap)
+    seen = seen & ~jnp.isnan(logits)
+    logits = jnp.where(seen, logits, NEG)
     return jnp.where(seen, jax.nn.softmax(logits, axis=-1), 0.0).sum(axis=2), back
 
 

@@ -96,6 +96,8 @@ class Read(Full):
         if self.within is not None:
             check_rule(self.within)
             self.within.check(cfg, length)
+        if self.select and max(self.select) >= cfg.L:
+            raise UserError(f"layer {max(self.select)} is to select and {cfg.name} has layers 0 to {cfg.L - 1}; give lower ones in select")
         readers = [i for i in range(cfg.L) if self.kind(i) == "read"]
         if readers and (not self.select or min(self.select) > readers[0]):
             raise UserError(f"layer {readers[0]} reads a selection no layer below it makes; add a lower layer to select")
@@ -103,7 +105,7 @@ class Read(Full):
         if not self.whole and self.far(rows) < 1:
             size = self.selector.size
             sure = (self.first + self.near) * size
-            raise UserError(f"budget of {rows} rows leaves no page of {size} beside {sure} sinks and recent rows; raise it")
+            raise UserError(f"budget of {rows} rows leaves no page of {size} beside {sure} sinks and recent rows; raise it, 1.0 reads all")
 
     def drafts(self, depth: int) -> str | None:
         if self.reuse is not None:
@@ -111,6 +113,13 @@ class Read(Full):
         if depth >= self.recent:
             return f"only the {self.recent} most recent rows are read for sure and drafts are {depth} deep; raise recent"
         return None
+
+    def by_head(self) -> str | None:
+        if self.select is not None:
+            return "its layers read what all heads of another layer chose; give select=None"
+        if self.heads is not None or self.streaming is not None:
+            return "its lists name heads of the whole layer; leave out heads and streaming"
+        return self.selector.by_head()
 
     def squeeze(self, rows: Prefilled, here: Here) -> Prefilled:
         return rows if self.within is None else self.within.squeeze(rows, here)

@@ -75,6 +75,10 @@ class Selector:
     def check(self, cfg, length: int) -> None:
         """Raise UserError for settings that cannot work."""
 
+    def by_head(self) -> str | None:
+        """None when it can choose for some heads of a layer alone; else the reason it cannot."""
+        return None
+
     def summary(self, rows: Prefilled, store: Rows, here: Here) -> Any:
         """What is kept beside the rows, made once from the packed prompt; None for nothing."""
         return None

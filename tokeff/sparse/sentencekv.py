@@ -75,6 +75,8 @@ class SentenceKV(Read):
             raise UserError(f"factor={self.factor} keeps fewer rows than the budget reads; give at least 1")
         if (self.select, self.own, self.reuse, self.heads) != (None, True, None, None):
             raise UserError("sentences are chosen anew in every layer and step; leave select, own, reuse and heads as they are")
+        if self.within is not None:
+            raise UserError("SentenceKV has a rule of its own for what stays of the prompt; leave out within")
         self.rule.score.check()
         rows, sure = most_rows(self.rule.budget, length), self.sinks + max(self.window, self.recent)
         if not self.whole and sure > rows:

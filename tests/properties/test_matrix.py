@@ -1,0 +1,273 @@
+"""docs/compatibility.md is what the parts say, and what it calls possible runs: finite numbers, no row twice, the newest row read, within
+the budget.
+
+Other tests run some pairs for every method: a pass and drafts in test_composition.py, chunks in test_every_method.py, a mesh in
+tests/sharding, host memory in tests/kv/test_host.py. The rest runs here: behind a pattern, a blend and bounded reading with the programs
+that decode an ordinary prompt; as a part of another policy in one layer.
+"""
+
+import sys
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+import runs
+from runs import listed, method
+from tokeff.generation import Setup
+from tokeff.kv.bounded import prefill_bounded
+from tokeff.kv.cache import Room, Rows
+from tokeff.kv.evidence import Evidence
+from tokeff.kv.extend import pack
+from tokeff.kv.keep import Keep
+from tokeff.kv.policy import pad_slots
+from tokeff.kv.prefill import Prompt
+from tokeff.kv.score import Recency
+from tokeff.models.flow import EMPTY, Flow, Here
+from tokeff.sparse.read import Read
+
+pytestmark = pytest.mark.core
+PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
+B = len(tiny.LENGTHS)
+
+
+@cache
+def matrix():
+    """docs/make_matrix.py."""
+    sys.path.append(str(PAGE.parent))
+    import make_matrix
+
+    return make_matrix
+
+
+@cache
+def cell(name: str, column: str):
+    found = matrix()
+    return found.cell(method(name), next(c for c in (*found.POLICIES, *found.OTHERS) if c.name == column))
+
+
+def column(name: str):
+    return next(c for c in matrix().POLICIES if c.name == name)
+
+
+def joined(name: str, kind: str) -> list[Setup]:
+    """The combinations of a method with this kind of partner, at the settings that the page says; none where it says no."""
+    found = cell(name, kind)
+    return [] if found.change is None else list(column(kind).join(method(name), found.change, matrix().TINY))
+
+
+def test_the_page_is_what_the_parts_say():
+    assert PAGE.read_text(encoding="utf-8") == matrix().text(), "run: python docs/make_matrix.py"
+
+
+@pytest.mark.parametrize("name", listed())
+def test_reasons_are_one_line(name):
+    m = method(name)
+    reasons = [matrix().cell(m, kind).reason for kind in (matrix().POLICIES if m.part == "kv" else matrix().OTHERS)]
+    assert all("\n" not in reason and len(reason) < 250 for reason in reasons if reason is not None)
+
+
+# -- a prompt that came into being in another way
+
+
+@cache
+def made(kind: str) -> Prompt:
+    """A prompt of this kind of prefill, whose last 6 rows read everything, with what any listed policy wants to know."""
+    pattern = runs.part({"pattern": "AShape", "blend": "CacheBlend"}[kind])["prefill"]
+    return tiny.read(tiny.FULL, evidence=runs.evidence(), pattern=replace(pattern, dense=6))
+
+
+def read_bounded(policy) -> Prompt:
+    tokens, length = tiny.padded(tiny.prompts())
+    return prefill_bounded(
+        tiny.params(), tiny.CFG, tokens, length, policy, piece=matrix().PIECE, evidence=policy.needs(), dtype="float32"
+    )
+
+
+def check_rows(policy, layers: list, lengths, here=None) -> None:
+    """No row twice, the newest there, and of the prompt no more than the budget."""
+    rule = getattr(policy, "rule", policy)
+    for i, layer in enumerate(layers):
+        for b, heads in enumerate(tiny.kept(policy, layer)):
+            assert all(len(set(orders)) == len(orders) and orders[-1] == lengths[b] for orders in heads)
+            if isinstance(rule, Keep) and rule.span == policy.span == "layer":
+                most = rule.rows(int(tiny.LENGTHS[b]), here or Here(i, tiny.CFG))
+                assert sum(o < lengths[b] for orders in heads for o in orders) <= most * len(heads)
+
+
+@pytest.mark.parametrize("kind", ["pattern", "blend", "bounded"])
+@pytest.mark.parametrize("name", listed("kv"))
+def test_a_prompt_read_in_another_way_decodes(name, kind):
+    if not joined(name, kind):
+        assert cell(name, kind).reason
+        return
+    policy = joined(name, kind)[0].kv
+    prompt = read_bounded(policy) if kind == "bounded" else made(kind)
+    packed = pack(policy, prompt.layers, Room(runs.STEPS), tiny.CFG)
+    ((logits, layers),) = tiny.forced(policy, packed, prompt, runs.GIVEN[:, :1])
+    assert np.isfinite(logits).all()
+    check_rows(policy, layers, tiny.LENGTHS)
+
+
+# -- one layer: parts of other policies
+
+
+def asks(seed: int = 0):
+    """Random q, k, v of one token a sequence."""
+    rng = np.random.default_rng(seed)
+    return [jnp.asarray(rng.normal(size=(B, 1, n, tiny.CFG.H)), jnp.float32) for n in (tiny.CFG.N, tiny.CFG.K, tiny.CFG.K)]
+
+
+@partial(jax.jit, static_argnames=("policy", "at"))
+def one_token(layers, next_B, q, k, v, *, policy, at: tuple[int, ...]):
+    """(out_BTNH, the layer) of one token in the last of these layers: packed and asked, the lower ones for what they hand on."""
+    order = next_B[:, None]
+    flow, across = Flow(jnp.zeros((B, 1, tiny.CFG.D)), order, order, order, id_BT=jnp.zeros_like(order)), None
+    for i, rows in zip(at, layers, strict=True):
+        layer = policy.pack_layer(rows, Room(1), Here(i, tiny.CFG))
+        out, layer, across = policy.attend(q, k, v, flow, flow, layer, None, across, Here(i, tiny.CFG))
+    return out, layer
+
+
+def check_token(policy, prompt: Prompt, at: tuple[int, ...] = (1,), rows=None) -> None:
+    layers = [prompt.layers[i] for i in at] if rows is None else [rows]
+    out, layer = one_token(layers, prompt.next_B, *asks(), policy=policy, at=at)
+    assert np.isfinite(out).all()
+    check_rows(policy, [layer], prompt.next_B.tolist(), Here(at[-1], tiny.CFG))
+
+
+@pytest.mark.parametrize("name", listed("kv"))
+def test_some_heads_under_a_policy(name):
+    if not joined(name, "heads"):
+        assert cell(name, "heads").reason
+        return
+    check_token(joined(name, "heads")[0].kv, runs.prompt())
+
+
+@pytest.mark.parametrize("name", listed("kv", where=lambda m: isinstance(runs.part(m.name)["kv"], Read)))
+def test_selecting_within_a_rule(name):
+    if not joined(name, "within"):
+        assert cell(name, "within").reason
+        return
+    policy = joined(name, "within")[0].kv
+    check_token(policy, runs.prompt(), (1,) if policy.select is None else (1, 2))
+
+
+@dataclass(frozen=True)
+class Left(Evidence):
+    """The name under which a layer carries what a rule left of it."""
+
+    squeezed: bool = False
+
+
+@dataclass(frozen=True)
+class Given(Keep):
+    """A rule that hands on what another one left. What takes the rows of a rule asks it for nothing else (`check_rule`), so one program
+    serves all rules."""
+
+    def pack_layer(self, rows, room, here):
+        return rows.evidence_BKS[Left()]
+
+    def squeeze(self, rows, here):
+        return rows.evidence_BKS[Left(squeezed=True)]
+
+
+@partial(jax.jit, static_argnames=("rule", "here"))
+def left_by(rows, *, rule, here):
+    """What a rule leaves of a layer, as a store and as rows, with free slots behind it up to as many as there were."""
+    C = rows.order_BKS.shape[2]
+    kept, few = rule.pack_layer(rows, Room(0), here), rule.squeeze(rows, here)
+    kept = Rows(pad_slots(kept.k_BKCH, C, 2), pad_slots(kept.v_BKCH, C, 2), pad_slots(kept.order_BKC, C, 2, EMPTY), kept.live_B)
+    order = jnp.broadcast_to(few.order_BKS, few.k_BKSH.shape[:3])
+    few = few.replace(
+        k_BKSH=pad_slots(few.k_BKSH, C, 2), v_BKSH=pad_slots(few.v_BKSH, C, 2), order_BKS=pad_slots(order, C, 2, EMPTY), evidence_BKS={}
+    )
+    return kept, few
+
+
+def rule_of(policy):
+    return policy.within if hasattr(policy, "within") else policy.rule
+
+
+@pytest.mark.parametrize("name", listed("kv"))
+def test_the_rows_of_a_rule_in_other_hands(name):
+    """In code, with fewer channels, selected among, shared."""
+    setups = [setup.kv for kind in ("codes", "select within", "shared") for setup in joined(name, kind)]
+    if not setups:
+        assert all(cell(name, kind).reason for kind in ("codes", "select within", "shared"))
+        return
+    prompt, here = runs.prompt(), Here(1, tiny.CFG)
+    kept, squeezed = left_by(prompt.layers[1], rule=rule_of(setups[0]), here=here)
+    for policy in setups:
+        inside = "within" if hasattr(policy, "within") else "rule"
+        taking = replace(policy, **{inside: Given(1.0, Recency())})
+        wanted = {kind: prompt.layers[1].evidence_BKS[kind] for kind in taking.needs()}
+        rows = prompt.layers[1].replace(evidence_BKS={**wanted, Left(): kept, Left(True): squeezed})
+        check_token(taking, prompt, rows=rows)
+        there = policy.kept(one_token([rows], prompt.next_B, *asks(), policy=taking, at=(1,))[1])
+        new = np.asarray(prompt.next_B)[:, None, None]
+        for mine, theirs in zip(np.asarray(there), np.asarray(kept.order_BKC), strict=True):
+            for a, b in zip(mine, theirs, strict=True):
+                assert {int(o) for o in a if o >= 0} - set(new.ravel().tolist()) <= {int(o) for o in b if o >= 0}
+
+
+# -- passes, prefills and drafters among each other
+
+
+@pytest.mark.parametrize("name", listed("kv"))
+def test_a_pass_over_a_longer_prompt(name):
+    """Where half of the tiny prompt is too short: one layer above a pass that lets nearly all of it through."""
+    setup = joined(name, "pass")[-1]
+    if cell(name, "pass").change.share is None:
+        assert runs.refusal(Setup(kv=runs.part(name)["kv"], cut=setup.cut)) is None, "test_composition.py runs it"
+        return
+    check_token(setup.kv, longer_pass(setup.cut), at=(2,))
+
+
+@cache
+def longer_pass(cut) -> Prompt:
+    """With what the methods want to know that need it."""
+    needing = [m.name for m in runs.METHODS if m.part == "kv" and cell(m.name, "pass").change.share is not None]
+    wanted = dict.fromkeys(kind for name in needing for kind in runs.part(name)["kv"].needs())
+    return tiny.read(tiny.FULL, evidence=tuple(wanted), cut=cut)
+
+
+@pytest.mark.parametrize(
+    ("cut", "pattern"),
+    [pytest.param("PromptDistill", m.name, marks=pytest.mark.xdist_group(m.name)) for m in runs.METHODS if m.part == "prefill"]
+    + [pytest.param(cut, "AShape", marks=pytest.mark.xdist_group("AShape")) for cut in ("GemFilter", "Truncated")],
+)
+def test_a_pass_over_a_pattern(cut, pattern):
+    parts = runs.part(cut) | runs.part(pattern)
+    if runs.refusal(Setup(**parts)):
+        assert parts["prefill"].own_pass
+        return
+    prompt = tiny.read(tiny.FULL, cut=parts["cut"], pattern=parts["prefill"])
+    rows = int(prompt.layers[-1].here_B[0])
+    assert np.isfinite(prompt.logits_BV).all() and rows == parts["cut"].rows(tiny.LENGTHS[0])
+
+
+@pytest.mark.parametrize("name", listed("prefill"))
+@pytest.mark.parametrize("drafter", [m.name for m in runs.METHODS if m.part == "decode"])
+def test_drafts_behind_a_prefill(name, drafter):
+    """The prompt came into being in another way; drafts give the text that plain decoding gives behind it."""
+    drafted = runs.decoded(decode=drafter, prefill=name)
+    assert tiny.text(drafted) == tiny.text(runs.decoded(prefill=name))
+
+
+@pytest.mark.xdist_group("GemFilter")
+def test_drafts_behind_a_truncated_prompt():
+    assert tiny.text(runs.decoded(cut="Truncated", decode="TokenRecycling")) == tiny.text(runs.decoded(cut="Truncated"))
+
+
+@pytest.mark.xdist_group("Full")
+@pytest.mark.parametrize("drafter", [m.name for m in runs.METHODS if m.part == "decode"])
+def test_drafts_behind_chunks_and_bounded_reading(drafter):
+    how = runs.part(drafter)["decode"]
+    assert tiny.text(runs.decoded(decode=drafter, form="chunked")) == tiny.text(runs.decoded())
+    assert tiny.text(tiny.go(tiny.start(read_bounded(tiny.FULL), tiny.FULL, how), tiny.FULL, how)) == tiny.text(runs.decoded())
