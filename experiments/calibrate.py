@@ -1,6 +1,6 @@
 """Every search that a method needs on a model, run on a text that no evaluation reads; then what it is worth on texts that one reads.
 
-    python experiments/calibrate.py smollm2-135m                        # every method; about 12 minutes on 2 cores
+    python experiments/calibrate.py smollm2-135m                        # every method; about 6 minutes on 2 cores
     python experiments/calibrate.py smollm2-135m --method TidalDecode   # one of them; the others stay in the file
     python experiments/calibrate.py smollm2-135m --measure              # KL with and without, 4 evaluation texts; about 10 minutes
 

@@ -89,6 +89,17 @@ def test_the_committed_calibration_says_how_it_was_found():
     assert all(entry["recipe"]["seconds"] > 0 and entry["recipe"]["sizes"]["seed"] == 1000 for entry in found["methods"].values())
 
 
+def test_the_published_table_is_what_was_measured():
+    """docs/calibration.md, row by row: the means of the file."""
+    found, page = json.loads(calibration.file_of("smollm2-135m").read_text()), (ROOT / "docs" / "calibration.md").read_text()
+    for name, row in found["measured"].items():
+        for kind, of in row.items():
+            kl, logprob = float(np.mean(of["kl"])), float(np.mean(of["answer_logprob"]))
+            start = f"| {name if kind == 'default' else ''} | {kind} | {100 * of['held']:.0f}% | {100 * of['read']:.0f}% | {kl:.3f} | "
+            lines = [line for line in page.splitlines() if line.startswith(start)]
+            assert any(line.endswith(f"| {logprob:.2f} | {of['exact']} |") for line in lines), start
+
+
 @pytest.mark.slow
 def test_the_committed_calibration_is_of_the_preset():
     m = tokeff.load("smollm2-135m", PRECISION)

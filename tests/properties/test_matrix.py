@@ -77,9 +77,15 @@ def test_reasons_are_one_line(name):
 
 @cache
 def made(kind: str) -> Prompt:
-    """A prompt of this kind of prefill, whose last 6 rows read everything, with what any listed policy wants to know."""
+    """A prompt of this kind of prefill, whose last 6 rows read everything, with what the policies that it goes with want to know."""
     pattern = runs.part({"pattern": "AShape", "blend": "CacheBlend"}[kind])["prefill"]
-    return tiny.read(tiny.FULL, evidence=runs.evidence(), pattern=replace(pattern, dense=6))
+    return tiny.read(tiny.FULL, evidence=wanted(lambda name: cell(name, kind).change is not None), pattern=replace(pattern, dense=6))
+
+
+def wanted(by) -> tuple[Evidence, ...]:
+    """What the listed policies want to know for which this holds."""
+    names = [m.name for m in runs.METHODS if m.part == "kv" and by(m.name)]
+    return tuple(dict.fromkeys(kind for name in names for kind in runs.part(name)["kv"].needs()))
 
 
 def read_bounded(policy) -> Prompt:
@@ -141,12 +147,18 @@ def check_token(policy, prompt: Prompt, at: tuple[int, ...] = (1,), rows=None) -
     check_rows(policy, [layer], prompt.next_B.tolist(), Here(at[-1], tiny.CFG))
 
 
-@pytest.mark.parametrize("name", listed("kv"))
-def test_some_heads_under_a_policy(name):
-    if not joined(name, "heads"):
-        assert cell(name, "heads").reason
-        return
-    check_token(joined(name, "heads")[0].kv, runs.prompt())
+POLICIES = [m.name for m in runs.METHODS if m.part == "kv"]
+
+
+@pytest.mark.parametrize(
+    "names", [pytest.param(POLICIES[i : i + 2], id="+".join(POLICIES[i : i + 2])) for i in range(0, len(POLICIES), 2)]
+)
+def test_heads_of_a_layer_under_two_policies(names):
+    """Each policy beside the next of the list."""
+    found = [setup.kv for name in names for setup in joined(name, "heads")]
+    assert all(cell(name, "heads").reason for name in names if not joined(name, "heads"))
+    if found:
+        check_token(replace(found[0], rest=found[-1].some), runs.prompt())
 
 
 @pytest.mark.parametrize("name", listed("kv", where=lambda m: isinstance(runs.part(m.name)["kv"], Read)))
@@ -232,15 +244,14 @@ def test_a_pass_over_a_longer_prompt(name):
 @cache
 def longer_pass(cut) -> Prompt:
     """With what the methods want to know that need it."""
-    needing = [m.name for m in runs.METHODS if m.part == "kv" and cell(m.name, "pass").change.share is not None]
-    wanted = dict.fromkeys(kind for name in needing for kind in runs.part(name)["kv"].needs())
-    return tiny.read(tiny.FULL, evidence=tuple(wanted), cut=cut)
+    return tiny.read(tiny.FULL, evidence=wanted(lambda name: cell(name, "pass").change.share is not None), cut=cut)
 
 
+# A pattern over the shorter prompt of a pass that begins anew; and one pattern below and above passes that choose half-way up.
 @pytest.mark.parametrize(
     ("cut", "pattern"),
-    [pytest.param("PromptDistill", m.name, marks=pytest.mark.xdist_group(m.name)) for m in runs.METHODS if m.part == "prefill"]
-    + [pytest.param(cut, "AShape", marks=pytest.mark.xdist_group("AShape")) for cut in ("GemFilter", "Truncated")],
+    [pytest.param("Truncated", m.name, marks=pytest.mark.xdist_group(m.name)) for m in runs.METHODS if m.part == "prefill"]
+    + [pytest.param(cut, "AShape", marks=pytest.mark.xdist_group("AShape")) for cut in ("GemFilter", "PromptDistill")],
 )
 def test_a_pass_over_a_pattern(cut, pattern):
     parts = runs.part(cut) | runs.part(pattern)

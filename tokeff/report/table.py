@@ -186,7 +186,7 @@ COLUMNS = (
     Column("of_dense", "of dense", significant, "of dense: speed as a multiple of dense decoding's, the two timed in turns"),
     Column("of_floor", "of floor", significant, "of floor: speed as a share of what reading weights and cache once would allow"),
     Column("overhead_ms", "overhead ms", significant, "overhead ms: of a step, beyond one that reads as many rows and decides nothing"),
-    Column("pays_from", "pays from", plain, "pays from: the context from which a step beats dense decoding's (straight lines; >n: not up to n)"),
+    Column("pays_from", "pays from", plain, "pays from: context from which a step beats dense decoding (straight lines; >n: not up to n)"),
     Column("tokens_per_pass", "tok/pass", significant, "tok/pass: tokens committed by one forward pass"),
     Column("note", "note", remark, right=False),
 )
