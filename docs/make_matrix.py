@@ -18,9 +18,9 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path += [path for path in (str(ROOT / "tests"), str(ROOT / "tests" / "properties")) if path not in sys.path]
 
+import runs  # noqa: E402
 import tiny  # noqa: E402
 
-import runs  # noqa: E402
 from tokeff.errors import UserError  # noqa: E402
 from tokeff.generation import Setup  # noqa: E402
 from tokeff.kv import methods as kv  # noqa: E402

@@ -12,6 +12,7 @@ import tiny
 
 import tokeff
 from tokeff import calibration
+from tokeff.context import from_json, to_json
 from tokeff.data import sources
 from tokeff.errors import UserError
 from tokeff.evals.comparison import Comparison, Line, fitting, line
@@ -73,6 +74,7 @@ def test_the_committed_calibration_fits_its_model_and_changes_the_method(name):
     found = calibration.settings("smollm2-135m", name)
     part = find(name).build(**found)
     part.check(SMOLLM2, 1024)
+    assert from_json(to_json(part)) == part, "a context saved under it could not be read"
     assert part != find(name).make()
     smaller = dataclasses.replace(SMOLLM2, L=5, K=1, N=1, windows=(None,) * 5)
     with pytest.raises(UserError) as refused:

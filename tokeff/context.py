@@ -29,6 +29,7 @@ from tokeff.models.load import Model, fingerprint
 from tokeff.models.transformer import Pass
 from tokeff.sharding import beside, field_of
 from tokeff.sparse.pattern import Pattern
+from tokeff.sparse.patterns import PerHead
 
 
 def choices() -> dict[str, type]:
@@ -43,7 +44,7 @@ def choices() -> dict[str, type]:
                 walk(getattr(value, f.name))
 
     published = (method.build(**method.settings("paper")) for method in methods() if method.published is not None)
-    for part in (Setup(), Compact(), *(method.make() for method in methods()), *published):
+    for part in (Setup(), Compact(), PerHead(1, 0), *(method.make() for method in methods()), *published):
         walk(part)
     return found
 

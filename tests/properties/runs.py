@@ -4,9 +4,11 @@ Results are cached for the session of a worker, and tests are grouped by method,
 """
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -16,10 +18,12 @@ from tokeff.errors import UserError
 from tokeff.generation import Setup
 from tokeff.kv.cache import Room
 from tokeff.kv.extend import _pack_one, pack
+from tokeff.kv.keep import Keep
 from tokeff.kv.policy import Ask
 from tokeff.kv.prefill import Prompt, one_layer
 from tokeff.listing import METHODS
 from tokeff.models.config import Precision
+from tokeff.models.flow import Flow, Here
 from tokeff.models.load import Model
 
 STEPS = 6
@@ -124,6 +128,41 @@ def generate(kv="Full", cut=None, decode=None, kind="small", form="batch", prefi
     named = {name: options[name] for name in ("how", "eos") if name in options}
     s = tiny.start(prompt(cut or prefill, "small", form), policy, drafter, **options)
     return tiny.go(s, policy, drafter, **named)
+
+
+def asks(seed: int = 0):
+    """Random q, k, v of one token a sequence."""
+    rng = np.random.default_rng(seed)
+    return [jnp.asarray(rng.normal(size=(len(tiny.LENGTHS), 1, n, tiny.CFG.H)), jnp.float32) for n in (tiny.CFG.N, tiny.CFG.K, tiny.CFG.K)]
+
+
+@partial(jax.jit, static_argnames=("policy", "at"))
+def one_token(layers, next_B, q, k, v, *, policy, at: tuple[int, ...]):
+    """(out_BTNH, the layer) of one token in the last of these layers: packed and asked, the lower ones for what they hand on."""
+    order = next_B[:, None]
+    flow, across = Flow(jnp.zeros((len(tiny.LENGTHS), 1, tiny.CFG.D)), order, order, order, id_BT=jnp.zeros_like(order)), None
+    for i, rows in zip(at, layers, strict=True):
+        layer = policy.pack_layer(rows, Room(1), Here(i, tiny.CFG))
+        out, layer, across = policy.attend(q, k, v, flow, flow, layer, None, across, Here(i, tiny.CFG))
+    return out, layer
+
+
+def check_token(policy, prompt: Prompt, at: tuple[int, ...] = (1,), rows=None) -> None:
+    layers = [prompt.layers[i] for i in at] if rows is None else [rows]
+    out, layer = one_token(layers, prompt.next_B, *asks(), policy=policy, at=at)
+    assert np.isfinite(out).all()
+    check_rows(policy, [layer], prompt.next_B.tolist(), Here(at[-1], tiny.CFG))
+
+
+def check_rows(policy, layers: list, lengths, here=None) -> None:
+    """No row twice, the newest there, and of the prompt no more than the budget."""
+    rule = getattr(policy, "rule", policy)
+    for i, layer in enumerate(layers):
+        for b, heads in enumerate(tiny.kept(policy, layer)):
+            assert all(len(set(orders)) == len(orders) and orders[-1] == lengths[b] for orders in heads)
+            if isinstance(rule, Keep) and rule.span == policy.span == "layer":
+                most = rule.rows(int(tiny.LENGTHS[b]), here or Here(i, tiny.CFG))
+                assert sum(o < lengths[b] for orders in heads for o in orders) <= most * len(heads)
 
 
 def under(name: str, kind: str = "small") -> dict[str, Any]:

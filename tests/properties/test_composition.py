@@ -4,10 +4,10 @@ import itertools
 
 import numpy as np
 import pytest
-import tiny
-
 import runs
+import tiny
 from runs import listed, part, prompt
+
 from tokeff.decode.sample import Sampling
 from tokeff.generation import Setup
 from tokeff.kv.cache import Room

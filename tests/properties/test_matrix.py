@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
-
 import runs
+import tiny
 from runs import listed, method
+
 from tokeff.generation import Setup
 from tokeff.kv.bounded import prefill_bounded
 from tokeff.kv.cache import Room, Rows
@@ -28,12 +28,11 @@ from tokeff.kv.keep import Keep
 from tokeff.kv.policy import pad_slots
 from tokeff.kv.prefill import Prompt
 from tokeff.kv.score import Recency
-from tokeff.models.flow import EMPTY, Flow, Here
+from tokeff.models.flow import EMPTY, Here
 from tokeff.sparse.read import Read
 
 pytestmark = pytest.mark.core
 PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
-B = len(tiny.LENGTHS)
 
 
 @cache
@@ -95,17 +94,6 @@ def read_bounded(policy) -> Prompt:
     )
 
 
-def check_rows(policy, layers: list, lengths, here=None) -> None:
-    """No row twice, the newest there, and of the prompt no more than the budget."""
-    rule = getattr(policy, "rule", policy)
-    for i, layer in enumerate(layers):
-        for b, heads in enumerate(tiny.kept(policy, layer)):
-            assert all(len(set(orders)) == len(orders) and orders[-1] == lengths[b] for orders in heads)
-            if isinstance(rule, Keep) and rule.span == policy.span == "layer":
-                most = rule.rows(int(tiny.LENGTHS[b]), here or Here(i, tiny.CFG))
-                assert sum(o < lengths[b] for orders in heads for o in orders) <= most * len(heads)
-
-
 @pytest.mark.parametrize("kind", ["pattern", "blend", "bounded"])
 @pytest.mark.parametrize("name", listed("kv"))
 def test_a_prompt_read_in_another_way_decodes(name, kind):
@@ -117,34 +105,10 @@ def test_a_prompt_read_in_another_way_decodes(name, kind):
     packed = pack(policy, prompt.layers, Room(runs.STEPS), tiny.CFG)
     ((logits, layers),) = tiny.forced(policy, packed, prompt, runs.GIVEN[:, :1])
     assert np.isfinite(logits).all()
-    check_rows(policy, layers, tiny.LENGTHS)
+    runs.check_rows(policy, layers, tiny.LENGTHS)
 
 
 # -- one layer: parts of other policies
-
-
-def asks(seed: int = 0):
-    """Random q, k, v of one token a sequence."""
-    rng = np.random.default_rng(seed)
-    return [jnp.asarray(rng.normal(size=(B, 1, n, tiny.CFG.H)), jnp.float32) for n in (tiny.CFG.N, tiny.CFG.K, tiny.CFG.K)]
-
-
-@partial(jax.jit, static_argnames=("policy", "at"))
-def one_token(layers, next_B, q, k, v, *, policy, at: tuple[int, ...]):
-    """(out_BTNH, the layer) of one token in the last of these layers: packed and asked, the lower ones for what they hand on."""
-    order = next_B[:, None]
-    flow, across = Flow(jnp.zeros((B, 1, tiny.CFG.D)), order, order, order, id_BT=jnp.zeros_like(order)), None
-    for i, rows in zip(at, layers, strict=True):
-        layer = policy.pack_layer(rows, Room(1), Here(i, tiny.CFG))
-        out, layer, across = policy.attend(q, k, v, flow, flow, layer, None, across, Here(i, tiny.CFG))
-    return out, layer
-
-
-def check_token(policy, prompt: Prompt, at: tuple[int, ...] = (1,), rows=None) -> None:
-    layers = [prompt.layers[i] for i in at] if rows is None else [rows]
-    out, layer = one_token(layers, prompt.next_B, *asks(), policy=policy, at=at)
-    assert np.isfinite(out).all()
-    check_rows(policy, [layer], prompt.next_B.tolist(), Here(at[-1], tiny.CFG))
 
 
 POLICIES = [m.name for m in runs.METHODS if m.part == "kv"]
@@ -158,7 +122,7 @@ def test_heads_of_a_layer_under_two_policies(names):
     found = [setup.kv for name in names for setup in joined(name, "heads")]
     assert all(cell(name, "heads").reason for name in names if not joined(name, "heads"))
     if found:
-        check_token(replace(found[0], rest=found[-1].some), runs.prompt())
+        runs.check_token(replace(found[0], rest=found[-1].some), runs.prompt())
 
 
 @pytest.mark.parametrize("name", listed("kv", where=lambda m: isinstance(runs.part(m.name)["kv"], Read)))
@@ -167,7 +131,7 @@ def test_selecting_within_a_rule(name):
         assert cell(name, "within").reason
         return
     policy = joined(name, "within")[0].kv
-    check_token(policy, runs.prompt(), (1,) if policy.select is None else (1, 2))
+    runs.check_token(policy, runs.prompt(), (1,) if policy.select is None else (1, 2))
 
 
 @dataclass(frozen=True)
@@ -220,8 +184,8 @@ def test_the_rows_of_a_rule_in_other_hands(name):
         taking = replace(policy, **{inside: Given(1.0, Recency())})
         wanted = {kind: prompt.layers[1].evidence_BKS[kind] for kind in taking.needs()}
         rows = prompt.layers[1].replace(evidence_BKS={**wanted, Left(): kept, Left(True): squeezed})
-        check_token(taking, prompt, rows=rows)
-        there = policy.kept(one_token([rows], prompt.next_B, *asks(), policy=taking, at=(1,))[1])
+        runs.check_token(taking, prompt, rows=rows)
+        there = policy.kept(runs.one_token([rows], prompt.next_B, *runs.asks(), policy=taking, at=(1,))[1])
         new = np.asarray(prompt.next_B)[:, None, None]
         for mine, theirs in zip(np.asarray(there), np.asarray(kept.order_BKC), strict=True):
             for a, b in zip(mine, theirs, strict=True):
@@ -238,7 +202,7 @@ def test_a_pass_over_a_longer_prompt(name):
     if cell(name, "pass").change.share is None:
         assert runs.refusal(Setup(kv=runs.part(name)["kv"], cut=setup.cut)) is None, "test_composition.py runs it"
         return
-    check_token(setup.kv, longer_pass(setup.cut), at=(2,))
+    runs.check_token(setup.kv, longer_pass(setup.cut), at=(2,))
 
 
 @cache
