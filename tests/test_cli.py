@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
@@ -107,6 +108,13 @@ def test_overrides_are_typed(tiny):
     assert [row.kv.budget for row in changed.rows] == [0.125, 1.0] and type(changed.rows[1]) is type(exp.rows[1])
     assert overrides.apply(exp, ["--rows.1.kv.budget=0.5"]).rows[1].kv.budget == 0.5
     assert overrides.apply(exp, []) == exp
+
+
+def test_a_budget_on_the_command_line_is_a_share_or_a_number():
+    exp = load(str(Path(__file__).parents[1] / "configs" / "quickstart.py")).experiment
+    for said, meant in (("0.25", 0.25), ("64", 64)):
+        (row,) = [row for row in overrides.apply(exp, ["--rows.SnapKV.kv.budget", said]).rows if row.method == "SnapKV"]
+        assert row.kv.budget == meant and type(row.kv.budget) is type(meant)
 
 
 def test_suite_and_only(tiny):

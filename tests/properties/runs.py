@@ -161,7 +161,7 @@ def check_rows(policy, layers: list, lengths, here=None) -> None:
         for b, heads in enumerate(tiny.kept(policy, layer)):
             assert all(len(set(orders)) == len(orders) and orders[-1] == lengths[b] for orders in heads)
             if isinstance(rule, Keep) and rule.span == policy.span == "layer":
-                most = rule.rows(int(tiny.LENGTHS[b]), here or Here(i, tiny.CFG))
+                most = rule.rows(int(lengths[b]), here or Here(i, tiny.CFG))
                 assert sum(o < lengths[b] for orders in heads for o in orders) <= most * len(heads)
 
 

@@ -23,10 +23,11 @@ class AtLeast:
     rows: int
 
 
-Budget = float | int | AtLeast
+Budget = int | float
+"""Of a field's declared type, which is what the command line can read. An `AtLeast` may stand in its place."""
 
 
-def check_budget(budget: Budget, length: int) -> None:
+def check_budget(budget: Budget | AtLeast, length: int) -> None:
     """Refuse what keeps nothing or more than there is."""
     if isinstance(budget, AtLeast):
         check_budget(budget.share, length)
@@ -39,14 +40,14 @@ def check_budget(budget: Budget, length: int) -> None:
         raise UserError(f"budget {budget} rows does not fit a context of {length}; give 1 to {length}")
 
 
-def most_rows(budget: Budget, S: int) -> int:
+def most_rows(budget: Budget | AtLeast, S: int) -> int:
     """The static number of rows per head that the budget can reach with prompts of at most S tokens."""
     if isinstance(budget, AtLeast):
         return max(most_rows(budget.share, S), min(budget.rows, S))
     return max(1, math.ceil(budget * S - 1e-9)) if isinstance(budget, float) else min(budget, S)
 
 
-def rows_of(budget: Budget, length_B: jax.Array) -> jax.Array:
+def rows_of(budget: Budget | AtLeast, length_B: jax.Array) -> jax.Array:
     """rows_B of each sequence, so that a padded batch keeps what single runs keep."""
     if isinstance(budget, AtLeast):
         return jnp.maximum(rows_of(budget.share, length_B), rows_of(budget.rows, length_B))

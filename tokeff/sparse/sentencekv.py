@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -164,7 +165,7 @@ class SentenceKV(Read):
         return self.read(q, raw, rows, page, 1, ask, here), layer, across
 
 
-def times(budget: Budget, factor: float) -> Budget:
+def times(budget: Budget | AtLeast, factor: float) -> Any:
     """So many times a budget, at most all rows."""
     if isinstance(budget, AtLeast):
         return AtLeast(min(budget.share * factor, 1.0), round(budget.rows * factor))
