@@ -39,7 +39,7 @@ def compiled(policy, drafter):
         packed = policy.pack(layers, setup.room(NEW), CFG)
         return decoding(packed, tokens, length, length, logits, setup, NEW, 0, ())
 
-    s = jax.eval_shape(begin, layers, struct(1, 1, ROWS, dtype="int32"), count, struct(1, CFG.V))
+    s = jax.eval_shape(begin, layers, struct(1, ROWS, dtype="int32"), count, struct(1, CFG.V))
     args = dict(policy=policy, drafter=drafter, how=setup.sampling, eos=())
     program = run.lower(abstract(CFG, Precision()), CFG, s, jnp.int32(NEW), **args).compile()
     return program, {x.size for layer in s.layers for x in (layer.k_BKCH, layer.v_BKCH)}
