@@ -124,7 +124,7 @@ None' = None, bounded: 'int | None' = None, stop: 'bool' = True, every: 'int' = 
 
 def public() -> list[str]:
     """One line a public function or class: its name and how it is called."""
-    from tokeff.decode.draft import TREE_16
+    from tokeff.decode.recycling import TREE_16
     from tokeff.decode.sample import GREEDY
 
     def said(name, thing):

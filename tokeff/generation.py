@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Integral
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from tokeff.decode.draft import Drafter, Plain
-from tokeff.decode.loop import Decoding, begin, run
+from tokeff.decode.loop import Decoding, begin
 from tokeff.decode.sample import GREEDY, Sampling, row_keys
 from tokeff.errors import UserError
 from tokeff.kv.bounded import check_bounded, prefill_bounded
@@ -71,8 +71,8 @@ class Setup:
         check_pass(self.prefill, self.cut)
         check_bounded(self.bounded, self.kv, self.cut, self.prefill)
         self.sampling.check(len(lengths))
-        self.decode.check(m.cfg)
-        if self.decode.nodes > 1 and (reason := self.kv.drafts(self.decode.depth)):
+        self.decode.check(m)
+        if self.decode.nodes > 1 and (reason := self.kv.drafts(self.decode.depth) or self.decode.fits(self.kv, m.cfg)):
             raise UserError(f"{type(self.decode).__name__} does not fit {type(self.kv).__name__}: {reason}")
 
     def fit(self, m: Model) -> Setup:
@@ -173,23 +173,26 @@ def start(m: Model, prompt: Prompt, setup: Setup, new: int, seed: int = 0, eos: 
     """Pack the prompt under the policy and draw the first token."""
     with beside(m.params):
         layers = pack(setup.kv, prompt.layers, setup.room(new), m.cfg)
-        s = decoding(layers, prompt.tokens_BT, prompt.length_B, prompt.next_B, prompt.logits_BV, setup, new, seed, eos)
+        state = setup.decode.prepare(m, prompt.tokens_BT, prompt.length_B, new)
+        s = decoding(layers, prompt.tokens_BT, prompt.length_B, prompt.next_B, prompt.logits_BV, setup, new, seed, eos, state)
     return follow(m.params, s)
 
 
-def decoding(layers, tokens_BT, length_B, next_B, logits_BV, setup: Setup, new: int, seed: int, eos: tuple[int, ...]) -> Decoding:
-    """A generation about to start from these caches and last logits."""
+def decoding(
+    layers, tokens_BT, length_B, next_B, logits_BV, setup: Setup, new: int, seed: int, eos: tuple[int, ...], state: Any = None
+) -> Decoding:
+    """A generation about to start from these caches and last logits; state is what the drafter prepared."""
     B = length_B.shape[0]
     table = jnp.pad(tokens_BT, ((0, 0), (0, new)))
     keys = row_keys(seed, jnp.arange(B))
     limit = jnp.full(B, new, jnp.int32)
-    return begin(layers, table, length_B, length_B - next_B, logits_BV, setup.decode, keys, limit, setup.sampling, eos)
+    return begin(layers, table, length_B, length_B - next_B, logits_BV, setup.decode, keys, limit, setup.sampling, eos, state)
 
 
 def go(m: Model, s: Decoding, setup: Setup, steps: int, eos: tuple[int, ...]) -> Decoding:
     """At most `steps` more passes. Consumes `s`."""
     with beside(m.params):
-        return run(m.params, m.cfg, s, jnp.int32(steps), policy=setup.kv, drafter=setup.decode, how=setup.sampling, eos=eos)
+        return setup.decode.drive(m.params, m.cfg, s, steps, policy=setup.kv, how=setup.sampling, eos=eos)
 
 
 def new_tokens(s: Decoding) -> list[list[int]]:
@@ -262,7 +265,9 @@ def ask(m: Model, cache: Compressed, ids: list[list[int]], sampling: Sampling, s
     with beside(m.params):
         logits, layers = extend(m.params, m.cfg, follow(m.params, layers), tokens, start_B, length, setup.kv)
         last = jnp.take_along_axis(logits, (length - 1)[:, None, None], axis=1)[:, 0]
-        s = decoding(layers, join(context, before_B, tokens), before_B + length, start_B + length, last, setup, new, seed, eos)
+        text_BT, length_B = join(context, before_B, tokens), before_B + length
+        state = setup.decode.prepare(m, text_BT, length_B, new)
+        s = decoding(layers, text_BT, length_B, start_B + length, last, setup, new, seed, eos, state)
     return go(m, follow(m.params, s), setup, new, eos)
 
 

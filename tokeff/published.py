@@ -6,7 +6,7 @@ one of theirs stands here. Heads and layers that are found by a search on the mo
 
 from __future__ import annotations
 
-from tokeff.decode.draft import TREE_80
+from tokeff.decode.recycling import TREE_80
 from tokeff.kv import methods as kv
 from tokeff.kv.budget import AtLeast
 

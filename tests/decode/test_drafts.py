@@ -12,7 +12,9 @@ from oracles.against import dense
 from oracles.model import decode as oracle_decode
 from oracles.policies import Cache
 
-from tokeff.decode.draft import TREE_16, TREE_80, Draft, PromptLookup, TokenRecycling
+from tokeff.decode.draft import Draft, Result
+from tokeff.decode.lookup import PromptLookup
+from tokeff.decode.recycling import TREE_16, TREE_80, TokenRecycling
 from tokeff.decode.tree import shape_of, walk
 
 pytestmark = pytest.mark.core
@@ -72,7 +74,8 @@ def test_duplicate_tokens_of_a_pass_are_written_in_order():
     """Of nodes with one token the last writes, whatever the hardware's scatter does."""
     drafter, rng = TokenRecycling(tiny.TREE, rank=3), np.random.default_rng(0)
     token, logits = rng.integers(0, 4, (2, 8)), rng.normal(size=(2, 8, 11))
-    state = drafter.observe(drafter.init(2, 11), Draft(jnp.asarray(token), None, None), jnp.asarray(logits))
+    result = Result(jnp.asarray(logits), None, None, None, {})
+    state = drafter.observe(drafter.init(2, 11), Draft(jnp.asarray(token), None, None), result)
     for b in range(2):
         wanted = oracle.TokenRecycling(tiny.TREE, 3, 11)
         wanted.observe(token[b].tolist(), logits[b])

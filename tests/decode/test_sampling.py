@@ -13,7 +13,7 @@ from adversaries import Garbage
 from oracles import drafts as oracle
 from oracles.model import Model, prefill
 
-from tokeff.decode import loop, sample
+from tokeff.decode import loop, rule, sample
 from tokeff.decode.sample import Sampling, draw, row_keys, warp
 from tokeff.errors import UserError
 from tokeff.models.config import Config
@@ -51,6 +51,12 @@ def by_inversion(warper):
         return jnp.minimum((below <= u[..., None]).sum(-1), V - 1).astype(jnp.int32)
 
     return draw
+
+
+def replace_draw(monkeypatch, draw) -> None:
+    """For the first token, and for the target's token at every node."""
+    monkeypatch.setattr(loop, "draw", draw)
+    monkeypatch.setattr(rule, "draw", draw)
 
 
 def swapped(logits, how):
@@ -107,7 +113,7 @@ def far(texts, measure, conditional, n) -> float:
 
 @pytest.mark.parametrize(("how", "n"), HOWS, ids=str)
 def test_speculative_text_has_the_law_of_plain_sampling(how, n, monkeypatch):
-    monkeypatch.setattr(loop, "draw", by_inversion(warp))
+    replace_draw(monkeypatch, by_inversion(warp))
     u, measure = cells(conditionals(how, n), n)
     texts, passes = emitted(how, u)
     assert len(passes) > 1, "some drafts must be right and some wrong"
@@ -116,7 +122,7 @@ def test_speculative_text_has_the_law_of_plain_sampling(how, n, monkeypatch):
 
 def test_law_with_greedy_rows_in_the_batch(monkeypatch):
     """Rows of temperature 0 beside others keep their arg-max; the others keep their law."""
-    monkeypatch.setattr(loop, "draw", by_inversion(warp))
+    replace_draw(monkeypatch, by_inversion(warp))
     how, n = Sampling(6.0, top_p=0.9), 3
     u, measure = cells(conditionals(how, n), n)
     both = np.concatenate([u, np.random.default_rng(0).random((5, n))])
@@ -129,7 +135,7 @@ def test_law_with_greedy_rows_in_the_batch(monkeypatch):
 def test_warpers_in_another_order_have_another_law(monkeypatch):
     """Negative control: the comparison must notice."""
     how, n = Sampling(5.0, top_p=0.8), 3  # not one of HOWS: their loops are compiled already, with the right order
-    monkeypatch.setattr(loop, "draw", by_inversion(swapped))
+    replace_draw(monkeypatch, by_inversion(swapped))
     conditional = conditionals(how, n)
     u, measure = cells(conditional, n)
     wanted, found = oracle.law(conditional, n), Counter()

@@ -41,7 +41,7 @@ traces = []
 def loss(gates, layers, order_BT):
     """Mean negative log-likelihood of token 7 behind each of ROWS."""
     traces.append(1)
-    flow, _ = stack(gated(gates), tiny.CFG, embed(tiny.params(), tiny.CFG, ROWS, order_BT), layers, policy=Gated())
+    flow, *_ = stack(gated(gates), tiny.CFG, embed(tiny.params(), tiny.CFG, ROWS, order_BT), layers, policy=Gated())
     return -jax.nn.log_softmax(unembed(tiny.params(), tiny.CFG, flow.x_BTD))[..., 7].mean()
 
 
@@ -79,7 +79,7 @@ def test_new_values_do_not_trace_again(given):
 def test_gates_of_one_are_the_model_itself(given):
     _, layers, order = given
     ones = tuple(jnp.ones(tiny.CFG.N) for _ in range(tiny.CFG.L))
-    flow, _ = stack(tiny.params(), tiny.CFG, embed(tiny.params(), tiny.CFG, ROWS, order), layers, policy=Full())
+    flow, *_ = stack(tiny.params(), tiny.CFG, embed(tiny.params(), tiny.CFG, ROWS, order), layers, policy=Full())
     dense = -jax.nn.log_softmax(unembed(tiny.params(), tiny.CFG, flow.x_BTD))[..., 7].mean()
     assert float(loss(ones, layers, order)) == pytest.approx(float(dense), abs=1e-6)
 

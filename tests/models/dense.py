@@ -27,5 +27,5 @@ class Causal:
 def forward(params: Params, cfg: Config, tokens_BT: jax.Array) -> jax.Array:
     """float32 logits_BTV."""
     order = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
-    flow, _ = stack(params, cfg, embed(params, cfg, tokens_BT, order), (None,) * cfg.L, policy=Causal())
+    flow, *_ = stack(params, cfg, embed(params, cfg, tokens_BT, order), (None,) * cfg.L, policy=Causal())
     return unembed(params, cfg, flow.x_BTD)

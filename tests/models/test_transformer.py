@@ -13,12 +13,12 @@ from oracles import model as oracle
 from oracles import policies
 from oracles.against import agree
 
-from tokeff.decode.tree import nothing, shape_of
+from tokeff.decode.tree import shape_of
 from tokeff.kv import methods as kv
 from tokeff.kv.cache import Room
 from tokeff.kv.extend import pack
 from tokeff.models.config import Rope
-from tokeff.models.flow import EMPTY, Flow
+from tokeff.models.flow import EMPTY, Accepted, Flow
 from tokeff.models.transformer import embed, orders, stack, unembed
 
 pytestmark = [pytest.mark.core, pytest.mark.xdist_group("transformer")]
@@ -29,7 +29,7 @@ T = 24
 @partial(jax.jit, static_argnames="cfg")
 def logits_of(flow: Flow, cfg=tiny.CFG):
     """logits_BTV of a plain causal pass."""
-    flow, _ = stack(tiny.params(cfg), cfg, flow, (None,) * cfg.L, policy=Causal())
+    flow, *_ = stack(tiny.params(cfg), cfg, flow, (None,) * cfg.L, policy=Causal())
     return unembed(tiny.params(cfg), cfg, flow.x_BTD)
 
 
@@ -113,8 +113,8 @@ def test_layer_skipping_drafts_leave_no_trace(policy):
     hi = jnp.broadcast_to(prompt.next_B[:, None] - 1, place.shape)
 
     def call(layers, tokens, run=None):
-        flow = embed(tiny.params(), tiny.CFG, tokens, place).replace(hi_BT=hi, among_BTT=above)
-        flow, layers = stack(tiny.params(), tiny.CFG, flow, layers, policy=policy, accepted=nothing(2, 4), run=run)
+        flow = embed(tiny.params(), tiny.CFG, tokens, place).replace(hi_BT=hi, among_BTW=above)
+        flow, layers, _ = stack(tiny.params(), tiny.CFG, flow, layers, policy=policy, accepted=Accepted.nothing(2, 4), run=run)
         return unembed(tiny.params(), tiny.CFG, flow.x_BTD), layers
 
     tokens = jnp.asarray([[3, 1, 4, 1], [5, 9, 2, 6]])

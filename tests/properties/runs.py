@@ -138,18 +138,19 @@ def asks(seed: int = 0):
 
 @partial(jax.jit, static_argnames=("policy", "at"))
 def one_token(layers, next_B, q, k, v, *, policy, at: tuple[int, ...]):
-    """(out_BTNH, the layer) of one token in the last of these layers: packed and asked, the lower ones for what they hand on."""
+    """(out_BTNH, the layer, what it hands on) of one token in the last of these layers: packed and asked, the lower ones for what they
+    hand on."""
     order = next_B[:, None]
     flow, across = Flow(jnp.zeros((len(tiny.LENGTHS), 1, tiny.CFG.D)), order, order, order, id_BT=jnp.zeros_like(order)), None
     for i, rows in zip(at, layers, strict=True):
         layer = policy.pack_layer(rows, Room(1), Here(i, tiny.CFG))
         out, layer, across = policy.attend(q, k, v, flow, flow, layer, None, across, Here(i, tiny.CFG))
-    return out, layer
+    return out, layer, across
 
 
 def check_token(policy, prompt: Prompt, at: tuple[int, ...] = (1,), rows=None) -> None:
     layers = [prompt.layers[i] for i in at] if rows is None else [rows]
-    out, layer = one_token(layers, prompt.next_B, *asks(), policy=policy, at=at)
+    out, layer, _ = one_token(layers, prompt.next_B, *asks(), policy=policy, at=at)
     assert np.isfinite(out).all()
     check_rows(policy, [layer], prompt.next_B.tolist(), Here(at[-1], tiny.CFG))
 

@@ -92,7 +92,8 @@ def test_a_pass_that_lets_one_row_through(name):
     assert refused(Setup(cut=cut)) is None
     order = jnp.asarray([[*range(n), *[EMPTY] * (64 - n)] for n in tiny.LENGTHS], jnp.int32)
     q, k = (jax.random.normal(jax.random.key(n), (2, 64, n, tiny.CFG.H)) for n in (tiny.CFG.N, tiny.CFG.K))
-    index = cut.choose(q, k, Flow(jnp.zeros((2, 64, 1)), order, order, order), Here(1, tiny.CFG))
+    flow = Flow(jnp.zeros((2, 64, 1)), order, order, order)
+    index = jax.jit(lambda q, k: cut.choose(q, k, flow, Here(1, tiny.CFG)))(q, k)
     assert index.tolist() == [[n - 1] for n in tiny.LENGTHS]
 
 
@@ -260,7 +261,7 @@ def test_scores_that_are_no_numbers_are_the_lowest(name):
     keep, p = rule(runs.part(name)["kv"]), runs.prompt()
     assert keep is not None
     here, rows = Here(1, tiny.CFG), p.layers[1]
-    score = keep.score.first(rows, here)
+    score = jax.jit(lambda rows: keep.score.first(rows, here))(rows)
 
     class Spoiled(type(keep.score)):
         def first(self, rows, here):
@@ -282,12 +283,7 @@ def test_a_row_with_nan_is_never_chosen(name):
     """What a query reads beside the rows that are read in any case is finite."""
     policy, p = runs.part(name)["kv"], runs.prompt()
     layer = next(i for i in range(tiny.CFG.L) if policy.kind(i) == "select")
-    here, rows = Here(layer, tiny.CFG), spoiled(p.layers[layer])
-    q, k, v = runs.asks()
-    packed = policy.pack_layer(rows, Room(1), here)
-    order = p.next_B[:, None]
-    flow = Flow(jnp.zeros((2, 1, tiny.CFG.D)), order, order, order, id_BT=jnp.zeros_like(order))
-    out, _, across = policy.attend(q, k, v, flow, flow, packed, None, None, here)
+    out, _, across = runs.one_token([spoiled(p.layers[layer])], p.next_B, *runs.asks(), policy=policy, at=(layer,))
     if policy.own and policy.reuse is None:
         assert np.isfinite(out).all()
     if across is not None:
@@ -298,9 +294,10 @@ def test_a_pass_drops_rows_whose_scores_are_no_numbers():
     """In the order of scores that the other rows have without it; its neighbours are averaged without it."""
     order = jnp.arange(64)[None]
     q, k = (jax.random.normal(jax.random.key(n), (1, 64, n, tiny.CFG.H)) for n in (tiny.CFG.N, tiny.CFG.K))
-    flow, here = Flow(jnp.zeros((1, 64, 1)), order, order, order), Here(1, tiny.CFG)
-    for budget in (8, 32, 63):
-        index = LastRowTopK(1, budget).choose(q, k.at[:, WORST].set(jnp.nan), flow, here)[0].tolist()
+    flow, k = Flow(jnp.zeros((1, 64, 1)), order, order, order), k.at[:, WORST].set(jnp.nan)
+    for budget in (8, 63):
+        index = jax.jit(lambda q, k, cut: cut.choose(q, k, flow, Here(1, tiny.CFG)), static_argnames="cut")(q, k, LastRowTopK(1, budget))
+        index = index[0].tolist()
         assert len(set(index)) == budget and WORST not in index and 63 in index
 
 
@@ -310,9 +307,9 @@ def test_patterns_read_blocks_that_exist_beside_nan(name):
     pattern, rng = runs.part(name)["prefill"], np.random.default_rng(4)
     order = jnp.asarray([[*range(n), *[EMPTY] * (64 - n)] for n in tiny.LENGTHS], jnp.int32)
     q, k, v = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((2, 64, 4, 8), (2, 2, 64, 8), (2, 2, 64, 8)))
-    ask = Flow(jnp.zeros((2, 64, 1)), order, order, order)
+    ask, choose = Flow(jnp.zeros((2, 64, 1)), order, order, order), jax.jit(lambda rows: pattern.choose(rows, Here(1, tiny.CFG)))
     for spoil in (k.at[:, 0, WORST].set(jnp.nan), jnp.full_like(k, jnp.nan)):
-        reading = pattern.choose(Rows(q, spoil, v, order, ask, jnp.asarray(tiny.LENGTHS), 0), Here(1, tiny.CFG))
+        reading = choose(Rows(q, spoil, v, order, ask, jnp.asarray(tiny.LENGTHS), 0))
         block = np.asarray(reading.block_BKQM)
         for b, h, t in np.ndindex(block.shape[:3]):
             found = block[b, h, t][block[b, h, t] != EMPTY].tolist()

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.core
 
 EVICTING = "H2O+PromptLookup"  # drafts under eviction, with attention mass
 CROSSING = "AdaKV+TokenRecycling"  # pages that cross heads, tree drafts, a table per sequence
-TOLERANCE = {"TransMLA": 5e-3}  # rounding tilts what is cut off where two eigenvalues are close
+TOLERANCE = {"TransMLA": 5e-3, "ShadowKV": 2e-3}  # rounding tilts what is cut off where two eigenvalues are close
 MESHES = [(4, 8, 1), (4, 4, 2), (4, 2, 4), (4, 1, 8), (8, 8, 1), (8, 4, 2), (8, 1, 8)]  # kv heads, data, model
 
 

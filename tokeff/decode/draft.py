@@ -2,33 +2,85 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-from tokeff.errors import UserError
-from tokeff.sharding import top_k
+from tokeff.decode.rule import COUPLED, Rule
+
+if TYPE_CHECKING:
+    from tokeff.decode.loop import Decoding
+    from tokeff.decode.sample import Sampling
+    from tokeff.kv.policy import Policy
+    from tokeff.models.config import Config, Params
+    from tokeff.models.load import Model
 
 
 class Draft(struct.PyTreeNode):
     """A tree of W nodes. Node 0 is the last token (certain to be right); parents come before their children.
 
-    parent_BW[b, 0] = 0. Nodes with valid False do not exist.
+    parent_BW[b, 0] = 0. Nodes with valid False do not exist. What only some drafters have:
+    logq_BWV: the warped log-law that each node's token was drawn from, given its parent; None where tokens were not drawn.
+    Nodes that look ahead: scout_BW marks those that are never accepted; sees_BWW[b, i, j] says that node i reads node j, and depth_BW
+    how far each stands behind the root, where neither follows from parents.
+    embed_BWD: what enters the network in the place of the nodes' embeddings, x_BWD: what left layer `below - 1`, where the drafter ran the
+    layers below `below` for all nodes as the pass would. moved: layers that the drafter ran, which took in what was accepted before.
     """
 
     tokens_BW: jax.Array
     parent_BW: jax.Array
     valid_BW: jax.Array
+    logq_BWV: jax.Array | None = None
+    scout_BW: jax.Array | None = None
+    sees_BWW: jax.Array | None = None
+    depth_BW: jax.Array | None = None
+    embed_BWD: jax.Array | None = None
+    x_BWD: jax.Array | None = None
+    below: int = struct.field(pytree_node=False, default=0)
+    moved: tuple[int, ...] = struct.field(pytree_node=False, default=())
+
+
+class Result(struct.PyTreeNode):
+    """What the target made of a draft: logits at every node, accepted or not; the path that was accepted, root first, and the tokens that
+    came of it (`count_B` of both); and x_BWD behind each layer in the drafter's `taps`."""
+
+    logits_BWV: jax.Array
+    path_BW: jax.Array
+    emitted_BW: jax.Array
+    count_B: jax.Array
+    taps: dict[int, jax.Array]
+
+
+@dataclass(frozen=True)
+class Target:
+    """The model that verifies, for drafters that run it or its parts: `params.side[NAME]` holds what they bring along."""
+
+    params: Params
+    cfg: Config
+    policy: Policy
+    how: Sampling
 
 
 @dataclass(frozen=True)
 class Drafter:
-    """Base class. `nodes` (root included) and `depth` (longest path below the root) fix the shapes of a call."""
+    """Base class. `nodes` (root included) and `depth` (longest path below the root) fix the shapes of a call.
 
-    lossless: ClassVar[bool] = True
+    rule: how the target's logits decide which nodes are accepted. A drafter that knows the text alone overrides `propose`; one that runs
+    a model overrides `draft`.
+    """
+
+    rule: Rule = field(default=COUPLED, kw_only=True)
+
+    exact: ClassVar[bool] = True  # whether what it does beside proposing changes no token
+    taps: ClassVar[tuple[int, ...]] = ()  # layers whose output at every node `observe` wants
+
+    @property
+    def lossless(self) -> bool:
+        """Whether the text is what plain decoding gives, token for token or, under a rule of its own, in law."""
+        return self.exact and self.rule.lossless
 
     @property
     def nodes(self) -> int:
@@ -38,20 +90,42 @@ class Drafter:
     def depth(self) -> int:
         raise NotImplementedError
 
+    def check(self, m: Model) -> None:
+        """Raise UserError when the drafter does not fit the model."""
+        self.rule.check(self)
+
+    def fits(self, policy: Policy, cfg: Config) -> str | None:
+        """None when it can draft beside this cache policy; else the reason it cannot."""
+        return None
+
+    def prepare(self, m: Model, tokens_BT: jax.Array, length_B: jax.Array, new: int) -> Any:
+        """State before the first of `new` tokens, from the text so far, between jitted calls: a drafter with its own model reads it."""
+        return self.init(tokens_BT.shape[0], m.cfg.V)
+
     def init(self, B: int, V: int) -> Any:
-        """State before the first call."""
+        """State before the first call, of a drafter that needs to know no more."""
         return ()
+
+    def draft(self, s: Decoding, target: Target) -> tuple[Draft, Decoding]:
+        """(the draft, the state of the generation with what drafting changed: caches of layers that ran, the drafter's own state)."""
+        return self.propose(s.drafter, s.tokens_BS, s.count_B), s
 
     def propose(self, state: Any, tokens_BS: jax.Array, count_B: jax.Array) -> Draft:
         """A draft that continues tokens[:count]; the root repeats the last of them."""
         raise NotImplementedError
 
-    def check(self, cfg: Any) -> None:
-        """Raise UserError when the drafter does not fit the model."""
-
-    def observe(self, state: Any, draft: Draft, logits_BWV: jax.Array) -> Any:
-        """Learn from the target's logits at every node, accepted or not."""
+    def observe(self, state: Any, draft: Draft, result: Result) -> Any:
+        """Learn from what the target made of the draft."""
         return state
+
+    def drive(
+        self, params: Params, cfg: Config, s: Decoding, steps: int, *, policy: Policy, how: Sampling, eos: tuple[int, ...]
+    ) -> Decoding:
+        """At most `steps` passes; consumes `s`. The whole loop is one jitted program unless a drafter that decides on the host, or on other
+        devices, drives it itself."""
+        from tokeff.decode.loop import run
+
+        return run(params, cfg, s, jnp.int32(steps), policy=policy, drafter=self, how=how, eos=eos)
 
 
 def last_token(tokens_BS: jax.Array, count_B: jax.Array) -> jax.Array:
@@ -68,133 +142,3 @@ class Plain(Drafter):
     def propose(self, state, tokens_BS, count_B) -> Draft:
         root = last_token(tokens_BS, count_B)
         return Draft(root, jnp.zeros_like(root), jnp.ones_like(root, bool))
-
-
-@dataclass(frozen=True)
-class PromptLookup(Drafter):
-    """Copy what followed an earlier occurrence of the last tokens (Saxena 2023). Tries the longest n-gram first.
-
-    The published code takes the first occurrence; `latest=True` takes the last one.
-    """
-
-    length: int = 10
-    ngram: int = 3
-    latest: bool = False
-
-    def __post_init__(self):
-        if self.length < 1 or self.ngram < 1:
-            raise UserError(f"length {self.length} and ngram {self.ngram} must be at least 1; use plain decoding for no drafts")
-
-    @property
-    def nodes(self) -> int:
-        return self.length + 1
-
-    @property
-    def depth(self) -> int:
-        return self.length
-
-    def propose(self, state, tokens_BS, count_B) -> Draft:
-        return jax.vmap(self._one)(tokens_BS, count_B)
-
-    def _one(self, tokens_S, count) -> Draft:
-        S, n = tokens_S.shape[0], self.ngram
-        back = jnp.arange(n)
-        tail = jnp.where(count - 1 - back >= 0, tokens_S[jnp.maximum(count - 1 - back, 0)], -1)
-        at = jnp.arange(S)[:, None] - back  # a window ending at s, newest token first
-        same = (tokens_S[jnp.maximum(at, 0)] == tail) & (at >= 0)
-        matched = jnp.cumprod(same, axis=1).sum(axis=1)  # how many of the last tokens agree, up to n
-        matched = jnp.where(jnp.arange(S) < count - 1, matched, 0)
-        found = matched == matched.max()
-        end = S - 1 - jnp.argmax(found[::-1]) if self.latest else jnp.argmax(found)
-        at = end + 1 + jnp.arange(self.length)
-        valid = (matched.max() > 0) & (at < count)
-        tokens = jnp.concatenate([tokens_S[count - 1][None], tokens_S[jnp.minimum(at, S - 1)]])
-        parent = jnp.maximum(jnp.arange(self.length + 1) - 1, 0)
-        return Draft(tokens, parent, jnp.concatenate([jnp.ones(1, bool), valid]))
-
-
-class Successors(struct.PyTreeNode):
-    """What followed each token of the vocabulary: top_BUY, Y successors of each of U tokens. U is a vocabulary that is looked up,
-    not multiplied with, so a mesh leaves it whole: split, every node of the tree would wait for a collective."""
-
-    top_BUY: jax.Array
-
-
-@dataclass(frozen=True)
-class TokenRecycling(Drafter):
-    """A tree filled from a table of each token's last seen top successors (Luo et al. 2024).
-
-    tree: every node as its path of child ranks, parents first. The table holds, per sequence, `rank` successors of every token; all
-    nodes of a pass write to it, refused ones too, the later node winning. It starts at zero as published.
-    """
-
-    tree: tuple[tuple[int, ...], ...]
-    rank: int = 8
-
-    def __post_init__(self):
-        if not self.tree:
-            raise UserError("the tree has no nodes; give at least ((0,),), or use plain decoding")
-        known: dict[tuple[int, ...], int] = {(): 0}
-        for path in self.tree:
-            if path[:-1] not in known or path in known:
-                raise UserError(f"tree node {path} has no parent before it, or stands twice; list parents first")
-            if not 0 <= path[-1] < self.rank:
-                raise UserError(f"tree node {path} wants rank {path[-1]} of {self.rank}; raise rank")
-            known[path] = len(known)
-
-    @property
-    def nodes(self) -> int:
-        return len(self.tree) + 1
-
-    @property
-    def depth(self) -> int:
-        return max(map(len, self.tree))
-
-    @property
-    def parents(self) -> tuple[int, ...]:
-        at = {(): 0, **{path: i + 1 for i, path in enumerate(self.tree)}}
-        return (0, *(at[path[:-1]] for path in self.tree))
-
-    def check(self, cfg) -> None:
-        if self.rank > cfg.V:
-            raise UserError(f"rank {self.rank} is more than the vocabulary of {cfg.V}; lower rank")
-
-    def init(self, B: int, V: int) -> Successors:
-        return Successors(jnp.zeros((B, V, self.rank), jnp.int32))
-
-    def propose(self, state: Successors, tokens_BS, count_B) -> Draft:
-        def one(top_UY, root):
-            nodes = [root]
-            for path, parent in zip(self.tree, self.parents[1:], strict=True):
-                nodes.append(top_UY[nodes[parent], path[-1]])
-            return jnp.stack(nodes)
-
-        tokens = jax.vmap(one)(state.top_BUY, last_token(tokens_BS, count_B)[:, 0])
-        parent = jnp.broadcast_to(jnp.asarray(self.parents, jnp.int32), tokens.shape)
-        return Draft(tokens, parent, jnp.ones(tokens.shape, bool))
-
-    def observe(self, state: Successors, draft: Draft, logits_BWV: jax.Array) -> Successors:
-        top = top_k(logits_BWV, self.rank, "BWV")[1]
-        W = draft.tokens_BW.shape[1]
-        later = jnp.arange(W)[None, :] > jnp.arange(W)[:, None]
-        beaten = ((draft.tokens_BW[:, None] == draft.tokens_BW[:, :, None]) & later).any(axis=2)
-        # A node whose token a later node repeats writes nowhere: an order for what would be a racing scatter.
-        row = jnp.where(beaten, state.top_BUY.shape[1] + jnp.arange(W), draft.tokens_BW)
-        return Successors(jax.vmap(lambda m, r, t: m.at[r].set(t, mode="drop", unique_indices=True))(state.top_BUY, row, top))
-
-
-def _paths(text: str) -> tuple[tuple[int, ...], ...]:
-    return tuple(tuple(int(c) for c in word) for word in text.split())
-
-
-# 15 drafts: the first ranks of the published tree, cut to what a small pass carries.
-TREE_16 = _paths("0 1 2 3 4 00 01 02 10 20 000 001 010 0000 00000")
-# The published 80 nodes (Luo et al. 2024, appendix; 8/21/25/15/8/3 by depth).
-TREE_80 = _paths(
-    "0 1 2 3 4 5 6 7 "
-    "00 01 02 03 04 05 06 07 10 11 12 13 20 21 22 30 31 40 50 60 70 "
-    "000 001 002 003 004 005 006 007 010 011 012 020 021 030 040 050 060 070 100 101 110 200 300 400 500 "
-    "0000 0001 0002 0003 0004 0010 0011 0020 0030 0040 0100 0200 1000 2000 3000 "
-    "00000 00001 00002 00010 00020 00100 01000 10000 "
-    "000000 000001 000100"
-)

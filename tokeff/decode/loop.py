@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from tokeff.decode.draft import Drafter
+from tokeff.decode.draft import Draft, Drafter, Result, Target
 from tokeff.decode.sample import Sampling, draw
-from tokeff.decode.tree import nothing, shape_of, walk
+from tokeff.decode.tree import shape_of
 from tokeff.kv.policy import Policy
 from tokeff.models.config import Config, Params
-from tokeff.models.flow import EMPTY, Accepted
+from tokeff.models.flow import EMPTY, Accepted, Flow
 from tokeff.models.transformer import embed, stack, unembed
 
 
@@ -44,25 +44,26 @@ class Decoding(struct.PyTreeNode):
 
 
 def begin(
-    layers, tokens_BS, length_B, gone_B, logits_BV, drafter: Drafter, key_B, limit_B, how: Sampling, eos: tuple[int, ...]
+    layers, tokens_BS, length_B, gone_B, logits_BV, drafter: Drafter, key_B, limit_B, how: Sampling, eos: tuple[int, ...], state: Any = None
 ) -> Decoding:
-    """Draw the first token from the prompt's last logits. tokens_BS holds `length` tokens and room for `limit` more per row."""
+    """Draw the first token from the prompt's last logits. tokens_BS holds `length` tokens and room for `limit` more per row; state is
+    what the drafter prepared, None for one that prepares nothing."""
     s = _first(tokens_BS, length_B, gone_B, logits_BV, key_B, limit_B, drafter=drafter, how=how, eos=eos)
-    return s.replace(layers=layers)
+    return s.replace(layers=layers, drafter=drafter.init(*logits_BV.shape) if state is None else state)
 
 
 @partial(jax.jit, static_argnames=("drafter", "how", "eos"))
 def _first(tokens_BS, length_B, gone_B, logits_BV, key_B, limit_B, *, drafter: Drafter, how: Sampling, eos: tuple[int, ...]) -> Decoding:
     """`begin` without the layers, which a jitted function would copy."""
-    B, V = logits_BV.shape
+    B = logits_BV.shape[0]
     first = draw(logits_BV[:, None], length_B[:, None] - gone_B[:, None], key_B, how)[:, 0]
     tokens = jax.vmap(lambda t, i, new, more: t.at[i].set(jnp.where(more, new, t[i])))(tokens_BS, length_B, first, limit_B > 0)
     made = jnp.minimum(limit_B, 1)
     done = (made >= limit_B) | is_eos(first, eos)
     zero = jnp.zeros(B, jnp.int32)
     return Decoding(
-        layers=(), tokens_BS=tokens, count_B=length_B + made, gone_B=gone_B, accepted=nothing(B, drafter.nodes),
-        drafter=drafter.init(B, V), key_B=key_B, made_B=made, limit_B=limit_B, done_B=done, passes_B=zero,
+        layers=(), tokens_BS=tokens, count_B=length_B + made, gone_B=gone_B, accepted=Accepted.nothing(B, drafter.nodes),
+        drafter=(), key_B=key_B, made_B=made, limit_B=limit_B, done_B=done, passes_B=zero,
     )  # fmt: skip
 
 
@@ -75,22 +76,41 @@ def is_eos(token: jax.Array, eos: tuple[int, ...]) -> jax.Array:
 
 def step(params: Params, cfg: Config, s: Decoding, policy: Policy, drafter: Drafter, how: Sampling, eos: tuple[int, ...]) -> Decoding:
     """One pass: between 1 and depth + 1 new tokens for every row that is not done."""
-    draft = drafter.propose(s.drafter, s.tokens_BS, s.count_B)
-    depth, ancestor = shape_of(draft.parent_BW, drafter.depth)
+    draft, s = drafter.draft(s, Target(params, cfg, policy, how))
+    return verify(params, cfg, s, draft, policy, drafter, how, eos)
+
+
+def verify(
+    params: Params, cfg: Config, s: Decoding, draft: Draft, policy: Policy, drafter: Drafter, how: Sampling, eos: tuple[int, ...]
+) -> Decoding:
+    """The target's pass over a draft, and what comes of it."""
+    flow, place = rows_of(params, cfg, s, draft, drafter)
+    flow, layers, taps = stack(
+        params, cfg, flow, s.layers, policy=policy, accepted=s.accepted, run=tuple(range(draft.below, cfg.L)), moved=draft.moved,
+        taps=drafter.taps,
+    )  # fmt: skip
+    logits = unembed(params, cfg, flow.x_BTD)
+    path, emitted, count = drafter.rule.judge(draft, logits, place + 1, s.key_B, how, drafter.depth)
+    count = cut(s, emitted, count, vacancy(policy, layers), eos)
+    state = drafter.observe(s.drafter, draft, Result(logits, path, emitted, count, taps))
+    return advance(s, layers, path, emitted, count, state, eos)
+
+
+def rows_of(params: Params, cfg: Config, s: Decoding, draft: Draft, drafter: Drafter) -> tuple[Flow, jax.Array]:
+    """(the rows of a draft as they enter the network, or the layer that the drafter left off at; their places in the text)."""
+    depth, sees = shape_of(draft.parent_BW, drafter.depth)
+    depth = depth if draft.depth_BW is None else draft.depth_BW
     root_B = s.count_B - 1 - s.gone_B
     place = root_B[:, None] + depth
     order = jnp.where(draft.valid_BW & ~s.done_B[:, None], place, EMPTY)
     flow = embed(params, cfg, draft.tokens_BW, order)
+    for x in (draft.embed_BWD, draft.x_BWD):
+        flow = flow if x is None else flow.replace(x_BTD=x.astype(flow.x_BTD.dtype))
     if drafter.nodes > 1:
         committed = jnp.broadcast_to(root_B[:, None] - 1, order.shape)
-        flow = flow.replace(hi_BT=committed, among_BTT=ancestor & draft.valid_BW[:, None])
-    flow, layers = stack(params, cfg, flow, s.layers, policy=policy, accepted=s.accepted)
-    logits = unembed(params, cfg, flow.x_BTD)
-    target = draw(logits, place + 1, s.key_B, how)
-    path, count = walk(draft, target, drafter.depth)
-    emitted = jnp.take_along_axis(target, path, axis=1)
-    count = cut(s, emitted, count, vacancy(policy, layers), eos)
-    return advance(s, layers, path, emitted, count, drafter.observe(s.drafter, draft, logits), eos)
+        among = (sees if draft.sees_BWW is None else draft.sees_BWW) & draft.valid_BW[:, None]
+        flow = flow.replace(hi_BT=committed, among_BTW=among)
+    return flow, place
 
 
 def vacancy(policy: Policy, layers) -> jax.Array | None:
@@ -156,6 +176,6 @@ def settle(params: Params, cfg: Config, s: Decoding, *, policy: Policy) -> Decod
     if W == 1:  # plain decoding has nothing pending
         return s
     nobody = jnp.full((B, W), EMPTY, jnp.int32)
-    flow = embed(params, cfg, jnp.zeros((B, W), jnp.int32), nobody).replace(among_BTT=jnp.zeros((B, W, W), bool))
-    _, layers = stack(params, cfg, flow, s.layers, policy=policy, accepted=s.accepted)
-    return s.replace(layers=layers, accepted=nothing(B, W))
+    flow = embed(params, cfg, jnp.zeros((B, W), jnp.int32), nobody).replace(among_BTW=jnp.zeros((B, W, W), bool))
+    _, layers, _ = stack(params, cfg, flow, s.layers, policy=policy, accepted=s.accepted)
+    return s.replace(layers=layers, accepted=Accepted.nothing(B, W))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from tokeff.decode.draft import TREE_16, Plain, PromptLookup, TokenRecycling
+from tokeff.decode.draft import Plain
+from tokeff.decode.lookup import PromptLookup
+from tokeff.decode.recycling import TREE_16, TokenRecycling
 
 
 def plain() -> Plain:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import jax
 import jax.numpy as jnp
 
-from tokeff.decode.draft import Draft
-from tokeff.models.flow import Accepted
+if TYPE_CHECKING:
+    from tokeff.decode.draft import Draft
 
 
 def shape_of(parent_BW: jax.Array, depth: int) -> tuple[jax.Array, jax.Array]:
@@ -25,9 +27,15 @@ def walk(draft: Draft, target_BW: jax.Array, depth: int) -> tuple[jax.Array, jax
     path holds node numbers, root first; entries from count on repeat the last node. W entries although at most depth + 1 are used:
     the next call takes as many draft rows as this one gave.
     """
-    parent, W = draft.parent_BW, draft.parent_BW.shape[1]
+    parent = draft.parent_BW
     right = draft.valid_BW & (draft.tokens_BW == jnp.take_along_axis(target_BW, parent, axis=1))
-    right = right.at[:, 0].set(True)
+    return longest(parent, right if draft.scout_BW is None else right & ~draft.scout_BW, depth)
+
+
+def longest(parent: jax.Array, right_BW: jax.Array, depth: int) -> tuple[jax.Array, jax.Array]:
+    """(path_BW, count_B) of the deepest node that is right together with all above it; the first of several."""
+    W = parent.shape[1]
+    right = right_BW.at[:, 0].set(True)
     for _ in range(depth):
         right = right & jnp.take_along_axis(right, parent, axis=1)
     level, _ = shape_of(parent, depth)
@@ -40,7 +48,3 @@ def walk(draft: Draft, target_BW: jax.Array, depth: int) -> tuple[jax.Array, jax
     step = jnp.clip(count[:, None] - 1 - jnp.arange(W)[None], 0, depth)
     return jnp.take_along_axis(up_BU, step, axis=1).astype(jnp.int32), count.astype(jnp.int32)
 
-
-def nothing(B: int, W: int) -> Accepted:
-    """No draft row has become real yet."""
-    return Accepted(jnp.zeros((B, W), jnp.int32), jnp.zeros(B, jnp.int32))

@@ -58,11 +58,12 @@ def cost(m: Model, prompt: Prompt, setup: Setup, new: int, runs: int = 1) -> tup
     """Pack the prompt, measure its bytes, and time `new` greedy tokens. Returns the packed layers too."""
     cfg, steps = m.cfg, jnp.int32(new)
     layers = pack(setup.kv, prompt.layers, setup.room(new), cfg)
+    state = setup.decode.prepare(m, prompt.tokens_BT, prompt.length_B, new)
     args = dict(policy=setup.kv, drafter=setup.decode, how=setup.sampling, eos=())
 
     def begin() -> Decoding:
         # A copy, because the loop consumes its state in place.
-        s = decoding(layers, prompt.tokens_BT, prompt.length_B, prompt.next_B, prompt.logits_BV, setup, new, 0, ())
+        s = decoding(layers, prompt.tokens_BT, prompt.length_B, prompt.next_B, prompt.logits_BV, setup, new, 0, (), state)
         return jax.block_until_ready(jax.tree.map(jnp.copy, s))
 
     start = time.perf_counter()

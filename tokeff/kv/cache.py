@@ -124,20 +124,34 @@ def commit(rows: Rows, accepted: Accepted) -> Rows:
     return write(rows, take_rows(draft.k_BKWH, path), take_rows(draft.v_BKWH, path), accepted_orders(draft, accepted))
 
 
-def hold(rows: Rows, k_BKTH: jax.Array, v_BKTH: jax.Array, order_BT: jax.Array, q=None, lse=None) -> Rows:
-    """Keep this call's rows aside as drafts."""
+def hold(rows: Rows, k_BKTH: jax.Array, v_BKTH: jax.Array, new: Flow, q=None) -> Rows:
+    """Keep this call's rows aside as drafts: in the place of all earlier ones, or at place `new.at` among them."""
     like = rows.draft
     assert like is not None
-    if k_BKTH.shape[2] != like.k_BKWH.shape[2]:
-        raise ValueError(f"{k_BKTH.shape[2]} draft rows, but the cache was packed for {like.k_BKWH.shape[2]}")
+
+    def put(old: jax.Array, x: jax.Array, axis: int, fill: int = 0) -> jax.Array:
+        return aside(old, x.astype(old.dtype), axis, new.at, fill)
+
     draft = Draft(
-        k_BKTH.astype(like.k_BKWH.dtype),
-        v_BKTH.astype(like.v_BKWH.dtype),
-        order_BT,
-        None if like.q_BWNH is None or q is None else q.astype(like.q_BWNH.dtype),
-        None if like.lse_BWN is None else lse,
+        put(like.k_BKWH, k_BKTH, 2),
+        put(like.v_BKWH, v_BKTH, 2),
+        put(like.order_BW, new.order_BT, 1, EMPTY),
+        None if like.q_BWNH is None or q is None else put(like.q_BWNH, q, 1),
+        like.lse_BWN,
     )
     return rows.replace(draft=draft)
+
+
+def aside(old: jax.Array, x: jax.Array, axis: int, at: jax.Array | None, fill: int = 0) -> jax.Array:
+    """x in the place of `old`, filled up to its length along `axis`; or written into it at place `at`."""
+    W, T = old.shape[axis], x.shape[axis]
+    if T > W:
+        raise ValueError(f"{T} draft rows, but the cache was packed for {W}")
+    if at is not None:
+        return jax.lax.dynamic_update_slice_in_dim(old, x, at, axis)
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, W - T)
+    return x if T == W else jnp.pad(x, widths, constant_values=fill)
 
 
 def evict(rows: Rows, score_BKC: jax.Array, E: int, full_B: jax.Array) -> Rows:
@@ -171,7 +185,9 @@ def visible(order_BKC: jax.Array, lo_BT: jax.Array, hi_BT: jax.Array) -> jax.Arr
     return (order >= lo_BT[:, None, :, None]) & (order <= hi_BT[:, None, :, None])
 
 
-def among(flow: Flow, lo_BT: jax.Array) -> jax.Array:
-    """visible_BTT of the same call's draft rows, inside the sliding window."""
-    assert flow.among_BTT is not None
-    return flow.among_BTT & (flow.order_BT[:, None] >= lo_BT[:, :, None]) & (flow.order_BT[:, None] != EMPTY)
+def among(flow: Flow, lo_BT: jax.Array, order_BW: jax.Array) -> jax.Array:
+    """visible_BTW of the draft's rows, whose orders these are, inside the sliding window."""
+    assert flow.among_BTW is not None
+    more = order_BW.shape[1] - flow.among_BTW.shape[2]  # a call of a draft narrower than the cache has room for
+    seen = jnp.pad(flow.among_BTW, ((0, 0), (0, 0), (0, more))) if more else flow.among_BTW
+    return seen & (order_BW[:, None] >= lo_BT[:, :, None]) & (order_BW[:, None] != EMPTY)

@@ -63,6 +63,9 @@ class ByClass(Policy):
     def drafts(self, depth: int) -> str | None:
         return self.some.drafts(depth) or self.rest.drafts(depth)
 
+    def alone(self, run: tuple[int, ...], cfg) -> str | None:
+        return self.some.alone(run, cfg) or self.rest.alone(run, cfg)
+
     def by_head(self) -> str | None:
         return "its classes name heads of the whole layer"
 

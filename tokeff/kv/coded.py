@@ -110,17 +110,17 @@ class Fold(Policy):
     def attend(self, q, k, v, ask: Flow, new: Flow, layer: Coded, accepted: Accepted | None, across, here: Here):
         q, k = here.rotate(q, ask.angle_BT[:, :, None]), here.rotate(k, new.angle_BT[:, :, None])
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-        if new.among_BTT is None:
+        if new.among_BTW is None:
             layer = self.fold(layer)
             layer = layer.replace(window=write(layer.window, k, v, new.order_BT))
         else:
             assert accepted is not None
             layer = self.fold(layer.replace(window=commit(layer.window, accepted)))
-            layer = layer.replace(window=hold(layer.window, k, v, new.order_BT))
+            layer = layer.replace(window=hold(layer.window, k, v, new))
         out, lse = read_store(q, layer.window, ask, here)
         for part in (part for part in (layer.prompt, layer.later) if part.order_BKPR.shape[2]):
             out, lse = merge(out, lse, *self.read_pages(q, part, ask, here))
-        if ask.among_BTT is not None:
+        if ask.among_BTW is not None:
             out, lse = merge(out, lse, *read_draft(q, layer.window.draft, ask, here))
         return out, layer, across
 

@@ -86,6 +86,10 @@ class MiniCache(Policy):
     def drafts(self, depth: int) -> str | None:
         return self.rest.drafts(depth)
 
+    def alone(self, run: tuple[int, ...], cfg) -> str | None:
+        lost = next((i + 1 for i in self.lower(cfg.L) if i + 1 in run and i not in run), None)
+        return self.rest.alone(run, cfg) if lost is None else f"layer {lost} reads directions that layer {lost - 1} holds; draft with both"
+
     def coders(self) -> tuple[Coder, Coder]:
         """How directions of keys, and of values, are written down."""
         return (self.rest.key, self.rest.value) if isinstance(self.rest, Fold) else (EXACT, EXACT)
@@ -137,7 +141,7 @@ class MiniCache(Policy):
         q, k = here.rotate(q, ask.angle_BT[:, :, None]), here.rotate(k, new.angle_BT[:, :, None])
         whole = append(layer.whole, k, v, new, accepted)
         out, lse = merge(*read_store(q, whole, ask, here), *self.read_half(q, shared, layer, ask, here))
-        if ask.among_BTT is not None:
+        if ask.among_BTW is not None:
             out, lse = merge(out, lse, *read_draft(q, whole.draft, ask, here))
         return out, layer.replace(whole=whole), shared if layer.shared is not None else None
 

@@ -10,7 +10,21 @@ import jax.numpy as jnp
 
 from tokeff.errors import UserError
 from tokeff.kv.budget import Budget, best, check_budget, most_rows, rows_of
-from tokeff.kv.cache import Room, Rows, accepted_orders, among, commit, empty_draft, evict, hold, take_rows, visible, whole_tiles, write
+from tokeff.kv.cache import (
+    Room,
+    Rows,
+    accepted_orders,
+    among,
+    aside,
+    commit,
+    empty_draft,
+    evict,
+    hold,
+    take_rows,
+    visible,
+    whole_tiles,
+    write,
+)
 from tokeff.kv.evidence import Evidence
 from tokeff.kv.policy import Policy, Prefilled, append, pad_slots
 from tokeff.kv.read import read_rows
@@ -136,7 +150,7 @@ class Keep(Policy):
             layer = append(layer, k, v, new, accepted)
             return self.read(q, layer, ask, here), layer, across
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-        if new.among_BTT is None:
+        if new.among_BTW is None:
             layer = write(self.make_room(layer, new.order_BT, here), k, v, new.order_BT)
             if layer.mass_BKC is None:
                 return self.read(q, layer, ask, here), layer, across
@@ -173,15 +187,17 @@ class Keep(Policy):
         layer = commit(layer, accepted)
         full_B = layer.live_B >= jnp.asarray(layer.limit_B)
         if before.q_BWNH is None or layer.mass_BKC is None:
-            layer = hold(self.evict_where(layer, full_B, here), k, v, ask.order_BT)
+            layer = hold(self.evict_where(layer, full_B, here), k, v, ask)
             return self.read(q, layer, ask, here), layer
         asked = jnp.take_along_axis(before.q_BWNH, accepted.path_BW[..., None, None], axis=1)
         logits = scores(jnp.concatenate([asked, q], axis=1), layer.k_BKCH, here.cfg.scale, here.cfg.softcap)
         W = asked.shape[1]
         layer = weigh_accepted(logits[..., :W, :], layer, before, accepted, self.score.fade(), here)
-        layer = self.evict_where(layer, full_B, here)
-        out, lse = attend_both(logits[..., W:, :], q, k, v, layer, ask, here)
-        return out, hold(layer, k, v, ask.order_BT, q, lse)
+        layer = hold(self.evict_where(layer, full_B, here), k, v, ask, q)
+        out, lse = attend_both(logits[..., W:, :], q, layer, ask, here)
+        draft = layer.draft
+        assert draft is not None and draft.lse_BWN is not None
+        return out, layer.replace(draft=draft.replace(lse_BWN=aside(draft.lse_BWN, lse, 1, ask.at)))
 
 
 def orders_of(rows: Prefilled, index_BKM: jax.Array) -> jax.Array:
@@ -244,16 +260,17 @@ def weigh_accepted(logits_BKGWC, layer: Rows, draft, accepted: Accepted, fade: f
     return layer.replace(mass_BKC=aged(layer.mass_BKC, fade, accepted.count_B) + added)
 
 
-def attend_both(logits_BKGTC, q, k_BKWH, v_BKWH, layer: Rows, ask: Flow, here: Here) -> tuple[jax.Array, jax.Array]:
-    """(out_BTNH, lse_BTN) of draft queries over the store and their own call's rows in one softmax."""
-    cfg = here.cfg
+def attend_both(logits_BKGTC, q, layer: Rows, ask: Flow, here: Here) -> tuple[jax.Array, jax.Array]:
+    """(out_BTNH, lse_BTN) of draft queries over the store and the draft's rows in one softmax."""
+    cfg, draft = here.cfg, layer.draft
+    assert draft is not None
     lo = here.lo(ask.order_BT)
     stored = visible(layer.order_BKC, lo, ask.hi_BT)[:, :, None]
-    W = k_BKWH.shape[2]
-    fresh = jnp.broadcast_to(among(ask, lo)[:, None, None], (*stored.shape[:-1], W))
-    logits = jnp.concatenate([logits_BKGTC, scores(q, k_BKWH, cfg.scale, cfg.softcap)], axis=-1)
+    W = draft.k_BKWH.shape[2]
+    fresh = jnp.broadcast_to(among(ask, lo, draft.order_BW)[:, None, None], (*stored.shape[:-1], W))
+    logits = jnp.concatenate([logits_BKGTC, scores(q, draft.k_BKWH.astype(q.dtype), cfg.scale, cfg.softcap)], axis=-1)
     p, lse = softmax(logits, jnp.concatenate([stored, fresh], axis=-1))
     C = layer.capacity
-    out = combine(p[..., :C], layer.v_BKCH) + combine(p[..., C:], v_BKWH)
+    out = combine(p[..., :C], layer.v_BKCH) + combine(p[..., C:], draft.v_BKWH)
     B, K, G, T = lse.shape
     return out, jnp.moveaxis(lse, 3, 1).reshape(B, T, K * G)

@@ -132,8 +132,9 @@ class TransMLA(Policy):
         asked, lo = self.queries(q, ask.angle_BT, used, here), here.lo(ask.order_BT)
         seen = visible(layer.order_BC[:, None], lo, ask.hi_BT)
         out, lse = self.read(asked, layer.low_BCY, seen, here)
-        if ask.among_BTT is not None:
-            out, _ = merge(out, lse, *self.read(asked, low, among(ask, lo)[:, None], here))
+        if ask.among_BTW is not None:
+            assert layer.draft_BWY is not None and layer.draft_order_BW is not None
+            out, _ = merge(out, lse, *self.read(asked, layer.draft_BWY, among(ask, lo, layer.draft_order_BW)[:, None], here))
         return self.values(out, used, here).astype(q.dtype), layer, across
 
     def queries(self, q_BTNH, angle_BT, used: Bases, here: Here) -> jax.Array:

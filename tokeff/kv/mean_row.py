@@ -68,7 +68,7 @@ class MeanRow(Policy):
         q, k = here.rotate(q, ask.angle_BT[:, :, None]), here.rotate(k, new.angle_BT[:, :, None])
         rows = append(layer.rows, k, v, new, accepted)
         out, lse = merge(*read_store(q, rows, ask, here), *self.read_mean(q, layer, here))
-        if ask.among_BTT is not None:
+        if ask.among_BTW is not None:
             out, lse = merge(out, lse, *read_draft(q, rows.draft, ask, here))
         return out, layer.replace(rows=rows), across
 

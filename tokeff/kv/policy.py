@@ -75,6 +75,11 @@ class Policy:
         """None when tree drafts of this depth equal one-row decoding under the policy; else the reason they do not."""
         return None
 
+    def alone(self, run: tuple[int, ...], cfg) -> str | None:
+        """None when a drafter may run these layers alone, row by row of its draft (drafters that speculate with the model's own layers);
+        else the reason it may not. What such a call leaves in a layer is overwritten by the pass that verifies."""
+        return None
+
     def by_head(self) -> str | None:
         """None when some heads of a layer can be under it, beside another policy (kv/classes.py); else the reason they cannot."""
         return None if type(self).pack is Policy.pack else "it decides over all layers at once"
@@ -160,7 +165,7 @@ class Full(Policy):
 def append(layer: Rows, k_BTKH: jax.Array, v_BTKH: jax.Array, new: Flow, accepted: Accepted | None) -> Rows:
     """This call's rows into an append-only store: certain rows to slots, draft rows aside after the accepted ones moved in."""
     k, v = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
-    if new.among_BTT is None:
+    if new.among_BTW is None:
         return write(layer, k, v, new.order_BT)
     assert accepted is not None
-    return hold(commit(layer, accepted), k, v, new.order_BT)
+    return hold(commit(layer, accepted), k, v, new)

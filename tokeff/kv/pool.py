@@ -130,7 +130,7 @@ class Paging(Policy):
         tail = append(layer.tail, k, v, new, accepted)
         out, lse = read_pool(q, layer.pool, here.lo(ask.order_BT), ask.hi_BT, here)
         out, lse = merge(out, lse, *read_store(q, tail, ask, here))
-        if ask.among_BTT is not None:
+        if ask.among_BTW is not None:
             out, lse = merge(out, lse, *read_draft(q, tail.draft, ask, here))
         return out, layer.replace(tail=tail), across
 

@@ -12,10 +12,10 @@ from tokeff.models.flow import Flow, Here
 
 
 def read_draft(q_BTNH: jax.Array, draft: Draft | None, ask: Flow, here: Here) -> tuple[jax.Array, jax.Array]:
-    """(out_BTNH, lse_BTN) of draft queries over the draft rows of the same call that they descend from."""
+    """(out_BTNH, lse_BTN) of draft queries over the draft rows that they descend from."""
     assert draft is not None, "this cache was packed without room for drafts"
     cfg = here.cfg
-    seen = among(ask, here.lo(ask.order_BT))[:, None, None]
+    seen = among(ask, here.lo(ask.order_BT), draft.order_BW)[:, None, None]
     p, lse = softmax(scores(q_BTNH, draft.k_BKWH, cfg.scale, cfg.softcap), seen)
     B, K, G, T = lse.shape
     return combine(p, draft.v_BKWH), jnp.moveaxis(lse, 3, 1).reshape(B, T, K * G)
@@ -37,6 +37,6 @@ def read_store(
 def read_rows(q_BTNH: jax.Array, layer: Rows, ask: Flow, here: Here, pages: jax.Array | None = None, size: int = 1) -> jax.Array:
     """out_BTNH over the store (or over its pages of `size` slots named in pages_BKM) and, in a draft call, over the drafts."""
     out, lse = read_store(q_BTNH, layer, ask, here, pages, size)
-    if ask.among_BTT is not None:
+    if ask.among_BTW is not None:
         out, _ = merge(out, lse, *read_draft(q_BTNH, layer.draft, ask, here))
     return out

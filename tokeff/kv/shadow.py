@@ -136,7 +136,7 @@ class ShadowKV(Policy):
         exact = append(layer.exact, k, v, new, accepted)
         out, lse = read_store(q, exact, ask, here)
         out, lse = merge(out, lse, *self.read_chunks(q, layer, ask, here))
-        if ask.among_BTT is not None:
+        if ask.among_BTW is not None:
             out, lse = merge(out, lse, *read_draft(q, exact.draft, ask, here))
         return out, layer.replace(exact=exact), across
 

@@ -76,7 +76,7 @@ class SharedPrefix(Policy):
         out, lse = read_store(q, own, ask, here)
         for level in layer.levels:
             out, lse = merge(out, lse, *read_level(q, level, ask, here))
-        if ask.among_BTT is not None:
+        if ask.among_BTW is not None:
             out, lse = merge(out, lse, *read_draft(q, own.draft, ask, here))
         return out, layer.replace(own=own), across
 

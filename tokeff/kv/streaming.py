@@ -39,7 +39,7 @@ class Streaming(Keep):
 
     def attend(self, q, k, v, ask: Flow, new: Flow, layer: Rows, accepted: Accepted | None, across, here: Here):
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-        if new.among_BTT is None:
+        if new.among_BTW is None:
             layer = write(self.make_room(layer, new.order_BT, here), k, v, new.order_BT)
             next_B = new.order_BT.max(axis=1) + 1
         else:
@@ -47,8 +47,9 @@ class Streaming(Keep):
             layer = commit(layer, accepted)
             if layer.limit_B is not None:
                 layer = self.evict_where(layer, layer.live_B >= layer.limit_B, here)
-            layer = hold(layer, k, v, new.order_BT)
-            next_B = new.order_BT[:, 0]
+            layer = hold(layer, k, v, new)
+            assert layer.draft is not None
+            next_B = layer.draft.order_BW[:, 0]
         q = here.rotate(q, self.position(ask.order_BT, layer, next_B)[:, :, None])
         return read_rows(q, self.rotated(layer, next_B, here), ask, here), layer, across
 
@@ -86,7 +87,7 @@ class LambdaShaped(Keep):
             return read_rows(q, layer, ask, here)
         near = layer.replace(order_BKC=jnp.where(layer.order_BKC < self.sinks, EMPTY, layer.order_BKC))
         out, lse = merge(*read_store(q, near, ask, here), *self.read_sinks(q, layer, ask, here))
-        if ask.among_BTT is not None:
+        if ask.among_BTW is not None:
             out, _ = merge(out, lse, *read_draft(q, layer.draft, ask, here))
         return out
 

@@ -79,7 +79,7 @@ class Thin(Policy):
         q, k = here.rotate(q, ask.angle_BT[:, :, None]), here.rotate(k, new.angle_BT[:, :, None])
         tail = append(layer.tail, k, v, new, accepted)
         out, lse = merge(*read_store(q, tail, ask, here), *self.read_thin(q, layer, ask, here))
-        if ask.among_BTT is not None:
+        if ask.among_BTW is not None:
             out, lse = merge(out, lse, *read_draft(q, tail.draft, ask, here))
         return out, layer.replace(tail=tail), across
 

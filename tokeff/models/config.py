@@ -8,6 +8,7 @@ H head dim. An array's suffix lists its axes, so `q_NHD` maps a D-vector to N he
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 from flax import struct
@@ -106,12 +107,16 @@ class Block(struct.PyTreeNode):
 
 
 class Params(struct.PyTreeNode):
-    """The whole decoder. `head_VD` is None when the embedding is tied."""
+    """The whole decoder. `head_VD` is None when the embedding is tied.
+
+    side: what methods bring beside the whole model, by name (the weights of a draft model, heads): arrays named by their letters, or trees.
+    """
 
     embed_VD: jax.Array
     blocks: tuple[Block, ...]
     norm_D: jax.Array
     head_VD: jax.Array | None = None
+    side: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ class Flow(struct.PyTreeNode):
 
     order_BT: place in the sequence; unique, causal, EMPTY for padding. angle_BT: rotary position; may differ from order.
     hi_BT: the largest stored order this row may read (its own order for certain rows, the last committed one for drafts).
-    among_BTT: which rows of this same call each row reads as drafts (tree ancestors and itself); None = every row is certain.
+    among_BTW: which rows of the draft each row reads (tree ancestors and itself); None = every row is certain. A call brings the whole
+    draft, or, where a drafter runs layers itself, the T rows of it that stand from place `at` (a number, of W) on.
     id_BT: the token of each row, EMPTY for padding, for methods that read the text; None where rows are not of tokens.
     """
 
@@ -27,8 +28,9 @@ class Flow(struct.PyTreeNode):
     order_BT: jax.Array
     angle_BT: jax.Array
     hi_BT: jax.Array
-    among_BTT: jax.Array | None = None
+    among_BTW: jax.Array | None = None
     id_BT: jax.Array | None = None
+    at: jax.Array | None = None
 
     def take(self, index_BM: jax.Array) -> Flow:
         """The chosen rows (index EMPTY = no row). Only certain rows can be chosen from."""
@@ -52,6 +54,11 @@ class Accepted(struct.PyTreeNode):
 
     path_BW: jax.Array
     count_B: jax.Array
+
+    @staticmethod
+    def nothing(B: int, W: int) -> Accepted:
+        """No draft row has become real yet."""
+        return Accepted(jnp.zeros((B, W), jnp.int32), jnp.zeros(B, jnp.int32))
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,10 @@ class Model:
             raise UserError(f"{self.name} has no tokenizer; put tokenizer.json in its folder, or give token ids")
         return self.tokenizer
 
+    def attach(self, **parts: Any) -> Model:
+        """The same model with these parts beside its weights, by name: `m.attach(draft=d.params)` for a drafter that runs another model."""
+        return replace(self, params=self.params.replace(side={**(self.params.side or {}), **parts}))
+
     def __repr__(self) -> str:
         return f"Model({self.name!r}, {self.cfg.L} layers, {self.precision})"
 
@@ -120,8 +124,8 @@ def _snapshot(repo: str) -> Path:
 
 
 def fingerprint(m: Model) -> str:
-    """A short hash of the architecture and of a sample of every weight."""
+    """A short hash of the architecture and of a sample of every weight; what stands beside them changes no cache, and is left out."""
     h = hashlib.sha256(repr(m.cfg).encode())
-    for x in jax.tree.leaves(m.params):
+    for x in jax.tree.leaves(m.params.replace(side=None)):
         h.update(np.asarray(x.reshape(-1)[:: max(x.size // 64, 1)], np.float32).tobytes())
     return h.hexdigest()[:16]

@@ -150,18 +150,23 @@ def stack(
     accepted: Accepted | None = None,
     cut: Pass | None = None,
     run: tuple[int, ...] | None = None,
-) -> tuple[Flow, tuple[Any, ...]]:
-    """Every row through the layers named in `run` (all by default); returns the rows that reach the top and the new caches.
+    moved: tuple[int, ...] = (),
+    taps: tuple[int, ...] = (),
+) -> tuple[Flow, tuple[Any, ...], dict[int, jax.Array]]:
+    """Every row through the layers named in `run` (all by default): (the rows that reach the top, the new caches, {layer: x_BTD that
+    left it} of those in `taps`). Layers in `moved` have taken in already what was accepted.
 
     `across` starts empty on every call and is handed from layer to layer: what a policy puts there (a selection, say) the
     layers above may use.
     """
-    out, across = list(layers), None
+    out, across, tapped = list(layers), None, {}
+    done = None if accepted is None else Accepted.nothing(*accepted.path_BW.shape)
     for i in range(cfg.L) if run is None else run:
-        flow, out[i], across = block(
-            params.blocks[i], flow, layers[i], accepted, across, policy=policy, cut=cut, here=Here(i, cfg)
-        )
-    return flow, tuple(out)
+        pending = done if i in moved else accepted
+        flow, out[i], across = block(params.blocks[i], flow, layers[i], pending, across, policy=policy, cut=cut, here=Here(i, cfg))
+        if i in taps:
+            tapped[i] = flow.x_BTD
+    return flow, tuple(out), tapped
 
 
 def last_row(flow: Flow) -> jax.Array:

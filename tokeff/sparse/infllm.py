@@ -91,6 +91,6 @@ class OneDistance(Read):
         far = slots_in(jnp.concatenate([sinks, chosen], axis=-1), size, rows.capacity)
         out, lse = gather_read(q_BTNH, rows, slots_in(near, size, rows.capacity), ask, here)
         out, lse = merge(out, lse, *gather_read(self.asking(q_BTNH, raw_BTNH, here), rows, far, ask, here, unrotated=True))
-        if ask.among_BTT is not None:
+        if ask.among_BTW is not None:
             out, lse = merge(out, lse, *read_draft(q_BTNH, rows.draft, ask, here))
         return out

@@ -114,6 +114,12 @@ class Read(Full):
             return f"only the {self.recent} most recent rows are read for sure and drafts are {depth} deep; raise recent"
         return None
 
+    def alone(self, run: tuple[int, ...], cfg) -> str | None:
+        readers = [i for i in run if self.kind(i) == "read"]
+        chosen = [i for i in run if self.kind(i) == "select"]
+        lost = next((i for i in readers if max((s for s in self.select or () if s < i), default=-1) not in chosen), None)
+        return None if lost is None else f"layer {lost} reads what a layer chose that the draft leaves out; draft with that one too"
+
     def by_head(self) -> str | None:
         if self.select is not None:
             return "its layers read what all heads of another layer chose; give select=None"
@@ -146,7 +152,8 @@ class Read(Full):
     def attend(self, q, k, v, ask: Flow, new: Flow, layer: Readable, accepted: Accepted | None, across, here: Here):
         raw = q
         q, k = here.rotate(q, ask.angle_BT[:, :, None]), here.rotate(k, new.angle_BT[:, :, None])
-        layer = self.arrived(layer, append(layer.rows, k, v, new, accepted), new.order_BT.shape[1], here)
+        most = new.order_BT.shape[1] if new.among_BTW is None or accepted is None else accepted.path_BW.shape[1]
+        layer = self.arrived(layer, append(layer.rows, k, v, new, accepted), most, here)
         rows, kind = layer.rows, self.kind(here.layer)
         if kind == "dense":
             return read_rows(q, rows, ask, here), layer, across
@@ -262,10 +269,10 @@ def orders_at(order_BKC: jax.Array, slot_BKTM: jax.Array) -> jax.Array:
 
 def read_pages(q_BTNH: jax.Array, layer: Rows, page_BKTX: jax.Array, size: int, ask: Flow, here: Here) -> jax.Array:
     """out_BTNH of each query over pages of its own and, in a draft call, over the drafts it descends from."""
-    if q_BTNH.shape[1] == 1 and ask.among_BTT is None:
+    if q_BTNH.shape[1] == 1 and ask.among_BTW is None:
         return read_rows(q_BTNH, layer, ask, here, page_BKTX[:, :, 0], size)
     out, lse = gather_read(q_BTNH, layer, slots_in(page_BKTX, size, layer.capacity), ask, here)
-    if ask.among_BTT is not None:
+    if ask.among_BTW is not None:
         out, _ = merge(out, lse, *read_draft(q_BTNH, layer.draft, ask, here))
     return out
 

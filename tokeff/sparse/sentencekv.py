@@ -95,6 +95,9 @@ class SentenceKV(Read):
     def drafts(self, depth: int) -> str | None:
         return super().drafts(depth + 1)  # one more: a sentence is closed by a row behind it
 
+    def alone(self, run: tuple[int, ...], cfg) -> str | None:
+        return "a row chooses with all queries of its sentence, which must come in one call; use a drafter that runs no layers"
+
     def pack_layer(self, rows: Prefilled, room: Room, here: Here) -> Readable:
         index = self.rule.choose(rows, here)
         store = self.rule.store(rows, index, room, here)
@@ -123,7 +126,7 @@ class SentenceKV(Read):
         breaks = self.selector.breaks
         start, _, _ = breaks.follow(s, new)
         now = breaks.start(s.begin_B, s.next_B)
-        mine = new.among_BTT & new.there_BT[:, None] & (new.places(s)[:, None] >= start[:, :, None])
+        mine = new.among_BTW & new.there_BT[:, None] & (new.places(s)[:, None] >= start[:, :, None])
         earlier = jnp.where((start == now[:, None])[..., None, None], s.asked_BKH[:, None], 0)
         return earlier + jnp.einsum("bts,bskh->btkh", mine.astype(new.q_BTKH.dtype), new.q_BTKH, precision="highest")
 
@@ -151,13 +154,14 @@ class SentenceKV(Read):
         before, rows, s = layer.rows, append(layer.rows, k, v, new, accepted), layer.summary
         asks = q.astype(s.asked_BKH.dtype).reshape(*k.shape[:3], -1, k.shape[3]).sum(axis=3)
         assert new.id_BT is not None
-        now = New(new.id_BT, new.order_BT, causal(new.order_BT) if new.among_BTT is None else new.among_BTT, asks)
-        if new.among_BTT is None:
+        now = New(new.id_BT, new.order_BT, causal(new.order_BT) if new.among_BTW is None else new.among_BTW, asks)
+        if new.among_BTW is None:
             chooses, s = self.listen(s, now), self.arrive(s, now, before, rows)
         else:
-            assert accepted is not None and before.draft is not None
-            s = self.arrive(s, certain(s.heard, accepted_orders(before.draft, accepted), accepted), before, rows)
-            chooses, s = self.listen(s, now), s.replace(heard=Heard(new.id_BT, asks))
+            assert accepted is not None and before.draft is not None and s.heard is not None
+            heard, real = s.heard.of(new.id_BT, asks), certain(s.heard, accepted_orders(before.draft, accepted), accepted)
+            s = self.arrive(s, real, before, rows)
+            chooses, s = self.listen(s, now), s.replace(heard=heard)
         layer = layer.replace(rows=rows, summary=s)
         if self.kind(here.layer) == "dense":
             return read_rows(q, rows, ask, here), layer, across

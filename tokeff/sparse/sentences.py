@@ -12,6 +12,7 @@ import numpy as np
 from flax import struct
 
 from tokeff.errors import UserError
+from tokeff.kv.cache import aside
 from tokeff.kv.evidence import Evidence, Seen
 from tokeff.models.flow import EMPTY, Accepted, Here
 from tokeff.models.tokenizer import Tokenizer
@@ -47,6 +48,10 @@ class Heard(struct.PyTreeNode):
     id_BW: jax.Array
     q_BWKH: jax.Array
 
+    def of(self, id_BT: jax.Array, q_BTKH: jax.Array) -> Heard:
+        """Those of another call, which may be narrower."""
+        return Heard(aside(self.id_BW, id_BT, 1, None, EMPTY), aside(self.q_BWKH, q_BTKH, 1, None))
+
 
 class Sentences(struct.PyTreeNode):
     """P sentences of what a head keeps, and where in the text the next row stands.
@@ -75,7 +80,7 @@ class New(struct.PyTreeNode):
 
     id_BT: jax.Array
     order_BT: jax.Array
-    among_BTT: jax.Array
+    among_BTW: jax.Array
     q_BTKH: jax.Array
 
     @property
@@ -134,7 +139,7 @@ class Breaks:
     def follow(self, s: Sentences, new: New) -> tuple[jax.Array, jax.Array, Sentences]:
         """(start_BT, number_BT, the places after all these rows) of each row behind those that it reads."""
         there, place = new.there_BT, new.places(s)
-        among = new.among_BTT & there[:, None] & there[:, :, None]
+        among = new.among_BTW & there[:, None] & there[:, :, None]
         strictly = among & (place[:, None] < place[:, :, None])
 
         def latest(mark_BT, since_B):
@@ -156,7 +161,7 @@ class Breaks:
 
 
 def causal(order_BT: jax.Array) -> jax.Array:
-    """among_BTT of rows that are all certain: each reads those before it and itself."""
+    """among_BTW of rows that are all certain: each reads those before it and itself."""
     return order_BT[:, None] <= order_BT[:, :, None]
 
 
