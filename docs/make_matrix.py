@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-sys.path += [path for path in (str(ROOT / "tests"), str(ROOT / "tests" / "properties")) if path not in sys.path]
+sys.path += [path for path in (str(ROOT / "tests"),) if path not in sys.path]
 
 import runs  # noqa: E402
 import tiny  # noqa: E402
 
+from tokeff.decode.draft import Drafter  # noqa: E402
+from tokeff.decode.paced import Paced  # noqa: E402
 from tokeff.errors import UserError  # noqa: E402
 from tokeff.generation import Setup  # noqa: E402
 from tokeff.kv import methods as kv  # noqa: E402
@@ -28,14 +30,13 @@ from tokeff.kv.classes import ByClass  # noqa: E402
 from tokeff.kv.policy import Policy  # noqa: E402
 from tokeff.kv.prefill import check_pieces  # noqa: E402
 from tokeff.listing import METHODS, Method  # noqa: E402
-from tokeff.models.config import Config, Precision  # noqa: E402
+from tokeff.models.config import Config, Params, Precision  # noqa: E402
 from tokeff.models.load import Model  # noqa: E402
 from tokeff.sparse import methods as sparse  # noqa: E402
 from tokeff.sparse.read import Read  # noqa: E402
 
 YES, NONE = "yes", "—"
 SNAP = kv.snapkv(0.6, window=6)
-PIECE = 16
 
 HEAD = """# What goes together
 
@@ -68,8 +69,9 @@ class Size:
 
 LLAMA = Config("like Llama-3.1-8B", V=128_256, D=4096, F=14_336, L=32, N=32, K=8, H=128, max_len=131_072, tied=False)
 TINY = Size(tiny.settings, tiny.fast, runs.model(), tiny.LENGTHS, runs.CHUNK)
-NOTHING: Any = None  # weights: no question needs them
-USUAL = Size(lambda m: {}, lambda m: m.fast or {}, Model(LLAMA, NOTHING, NOTHING, Precision(), "usual"), (8192,), 512)
+NOTHING: Any = None
+EMPTY = Params(NOTHING, (), NOTHING)  # no question needs weights
+USUAL = Size(lambda m: {}, lambda m: m.fast or {}, Model(LLAMA, EMPTY, NOTHING, Precision(), "usual"), (8192,), 512)
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ class Column:
 
 def of(*parts: str, where: Callable[[Any], bool] = lambda part: True) -> list[Method]:
     """The listed methods of these parts."""
-    return [m for m in METHODS if m.part in parts and where(make(m, Change(YES)))]
+    return [m for m in METHODS if m.part in parts and m.bare and where(make(m, Change(YES)))]
 
 
 def make(m: Method, change: Change, size: Size = TINY) -> Any:
@@ -167,7 +169,7 @@ def in_pieces(m: Method, change: Change, size: Size) -> Iterable[Setup]:
 
 
 def bounded(m: Method, change: Change, size: Size) -> Iterable[Setup]:
-    return [Setup(**{m.part: make(m, change, size)}, bounded=PIECE)]
+    return [Setup(**{m.part: make(m, change, size)}, bounded=runs.PIECE)]
 
 
 def selecting_within(m: Method, change: Change, size: Size) -> Iterable[Setup]:
@@ -196,7 +198,9 @@ def some_heads(policy: Any) -> ByClass:
     return ByClass(policy, kv.full(), ((0,),))
 
 
-PASSES, DRAFTERS = of("cut"), of("decode")
+PASSES = of("cut")
+DRAFTERS = of("decode", where=lambda d: type(d).fits is Drafter.fits or isinstance(d, Paced))
+SELF = of("decode", where=lambda d: not (type(d).fits is Drafter.fits or isinstance(d, Paced)))
 PATTERNS, BLENDS = of("prefill", where=lambda p: not p.own_pass), of("prefill", where=lambda p: p.own_pass)
 
 
@@ -208,12 +212,13 @@ PASS = Column("pass", f"`cut=`: {named(PASSES)}", with_parts(*PASSES), longer)
 PATTERN = Column("pattern", f"`prefill=`: {named(PATTERNS)}", with_parts(*PATTERNS), read_densely)
 BLEND = Column("blend", f"`prefill=`: {named(BLENDS)}", with_parts(*BLENDS), read_densely)
 DRAFTER = Column("drafter", f"`decode=`: {named(DRAFTERS)}", with_parts(*DRAFTERS), blocks)
+SELF_DRAFT = Column("self-draft", f"`decode=` with some of the model's own layers by themselves: {named(SELF)}", with_parts(*SELF), blocks)
 CHUNKS = Column("chunks", "`chunk=`: the prompt is read in chunks, and nothing changes", in_pieces)
 BOUNDED = Column("bounded", "`bounded=`: rows are dropped between pieces of the prompt", bounded)
 MESH = Column("mesh", "batch and heads over devices; every listed method runs there in tests/sharding", alone)
 
 POLICIES = (
-    PASS, PATTERN, BLEND, DRAFTER, CHUNKS, BOUNDED,
+    PASS, PATTERN, BLEND, DRAFTER, SELF_DRAFT, CHUNKS, BOUNDED,
     Column("codes", "the rows it keeps in code: `kivi(4, rule=...)`, `gear(rule=...)`, or with fewer channels, `think(rule=...)`",
            inside(*CODES), settled),
     Column("select within", "a selection among the rows it keeps: `quest(..., within=...)`", inside(quest), settled),
@@ -221,10 +226,10 @@ POLICIES = (
            selecting_within),
     Column("shared", "the rows it keeps as a prefix that several texts share: `hydragen(rule)`", inside(kv.hydragen), settled),
     Column("heads", "some heads of a layer under it, the others under another policy: `ByClass(policy, other, heads)`", inside(some_heads)),
-    Column("host", "`host=True`: values in host memory", on_host),
+    Column("host", "`host=True`: rows in host memory", on_host),
     MESH,
 )  # fmt: skip
-OTHERS = (PASS, PATTERN, BLEND, DRAFTER, CHUNKS, BOUNDED, MESH)
+OTHERS = (PASS, PATTERN, BLEND, DRAFTER, SELF_DRAFT, CHUNKS, BOUNDED, MESH)
 
 
 @dataclass(frozen=True)

@@ -3,15 +3,22 @@
 What jax reads when it is imported is set here, before any test module imports it.
 """
 
+import gc
 import os
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
-# Tests compile far more than they compute: without LLVM's optimisations a third of the compile time is gone. What XLA itself does to a
-# program (fusion, copies, collectives) is the same.
-FLAGS = {"--xla_force_host_platform_device_count": 8, "--xla_backend_optimization_level": 0}
+# Tests compile far more than they compute. Without LLVM's optimisations, with XLA's older emitter of loops in the place of MLIR's and with
+# one LLVM module a program, two thirds of the compile time are gone. What XLA itself does to a program (fusion, copies, collectives) is
+# the same but for one thing: that emitter knows no scatter, which becomes a loop. Tests that read compiled text use `tiny.compiled`.
+FLAGS = {
+    "--xla_force_host_platform_device_count": 8,
+    "--xla_backend_optimization_level": 0,
+    "--xla_cpu_use_fusion_emitters": "false",
+    "--xla_cpu_parallel_codegen_split_count": 1,
+}
 for flag, value in FLAGS.items():
     if flag not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}={value}".strip()
@@ -36,15 +43,22 @@ for name, value in {
 MARKERS = ("core", "interp", "aot", "peers", "slow")
 
 
+def pytest_collection_finish(session):
+    """Tracing makes many small objects that live long: with Python's own thresholds a sixth of the time goes to looking through them."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 50)
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item):
-    """Some hundred programs of every method would be more memory maps than Linux allows a process."""
+    """Some hundred programs of every method would be more memory maps than Linux allows a process, and many gigabytes."""
     import sys
 
     if "jax" in sys.modules:
         from tokeff.compat import forget_programs
 
-        forget_programs()
+        forget_programs(20_000)
 
 
 def pytest_terminal_summary(terminalreporter):

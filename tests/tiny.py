@@ -11,23 +11,27 @@ import jax.numpy as jnp
 import numpy as np
 
 from tokeff.decode.draft import Plain
-from tokeff.decode.loop import Decoding, begin, run
+from tokeff.decode.lookup import PromptLookup
+from tokeff.decode.loop import Decoding, begin
 from tokeff.decode.sample import GREEDY, row_keys
 from tokeff.kv.cache import Room
 from tokeff.kv.extend import extend, pack
 from tokeff.kv.policy import Full
 from tokeff.kv.prefill import Prompt, prefill
-from tokeff.models.config import Block, Config, Params
+from tokeff.models.config import Block, Config, Params, Precision
+from tokeff.models.load import Model
 
 CFG = Config("tiny", V=61, D=32, F=48, L=4, N=4, K=2, H=8, max_len=256, tied=False)
 FULL, PLAIN = Full(), Plain()
 LENGTHS = (64, 51)
 NEW = 20
+ROOM = Room(6)  # for given tokens, decoded one at a time
 TREE = ((0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0))
 SETTINGS = {
     "budget": 0.5, "window": 6, "sinks": 4, "layer": 1, "dense": (0,), "select": (1,), "recent": 8, "page": 4,
-    "length": 4, "ngram": 2, "tree": TREE, "lag": 8, "piece": 20, "ask": (3, 5), "judges": ((0, 3), (1,), (2, 3), (0,)),
+    "length": 4, "ngram": 2, "tree": TREE, "lag": 8, "piece": 20, "ask": (3, 5), "judges": ((0, 3), (1,), (0, 3), (1,)),
     "group": 8, "residual": 8, "every": 4, "logical": 2, "start": 16, "outliers": 0.125,
+    "exit": 2, "exits": (1, 2), "lengths": (2, 4),
 }  # fmt: skip
 OWN = {
     "AShape": {"block": 8, "window": 8, "dense": 0},
@@ -46,6 +50,8 @@ OWN = {
     "TokenSelect": {"budget": 0.3},
     "RazorAttention": {"heads": ((0,), (), (1,), (0, 1))},
     "DuoAttention": {"heads": ((0,), (), (1,), (0, 1))},
+    "SmartSpec": {"drafter": PromptLookup(4, 2), "widths": (1, 3, 5)},
+    "FFN-SkipLLM": {"tau": 0.5, "head": 1, "tail": 1, "warm": 2},
     "TOVA": {"budget": 0.6},  # at half, its sums over heads look like activations to the test that counts those
 }
 
@@ -128,20 +134,35 @@ def read(policy, rows=None, *, cfg=CFG, dtype="float32", cut=None, chunk=None, e
     return prefill(params(cfg, dtype), cfg, tokens, length, evidence=wanted, cut=cut, chunk=chunk, pattern=pattern)
 
 
+def only(policy, prompt: Prompt) -> Prompt:
+    """The prompt with the evidence that this policy asks for and no more."""
+
+    def asked(rows):
+        return rows.replace(evidence_BKS={kind: rows.evidence_BKS[kind] for kind in policy.needs() if kind in rows.evidence_BKS})
+
+    return prompt.replace(layers=tuple(map(asked, prompt.layers)))
+
+
+def packed(policy, prompt: Prompt, room: Room = ROOM, *, cfg=CFG) -> tuple:
+    """The policy's own caches: one compiled program packs prompts that were read for it alone and for many."""
+    return pack(policy, only(policy, prompt).layers, room, cfg)
+
+
 def start(prompt: Prompt, policy, drafter=PLAIN, *, cfg=CFG, new=NEW, how=GREEDY, eos=(), seed=0, rows=None, keys=None) -> Decoding:
     """Pack, and draw the first token. rows: which rows of a batch these are, for their noise."""
     B = prompt.tokens_BT.shape[0]
-    layers = pack(policy, prompt.layers, Room(new, drafter.nodes if drafter.nodes > 1 else 0), cfg)
+    layers = packed(policy, prompt, Room(new, drafter.nodes if drafter.nodes > 1 else 0), cfg=cfg)
     table = jnp.pad(prompt.tokens_BT, ((0, 0), (0, new)))
     keys = row_keys(seed, jnp.asarray(rows if rows is not None else range(B))) if keys is None else keys
     limit = jnp.full(B, new, jnp.int32)
     gone = prompt.length_B - prompt.next_B
-    return begin(layers, table, prompt.length_B, gone, prompt.logits_BV, drafter, keys, limit, how, eos)
+    state = drafter.prepare(Model(cfg, params(cfg), None, Precision(), cfg.name), prompt.tokens_BT, prompt.length_B, new)
+    return begin(layers, table, prompt.length_B, gone, prompt.logits_BV, drafter, keys, limit, how, eos, state)
 
 
 def go(s: Decoding, policy, drafter=PLAIN, *, cfg=CFG, dtype="float32", how=GREEDY, eos=(), steps=1000) -> Decoding:
     """Decode to the end, or for so many passes. Consumes `s`."""
-    return run(params(cfg, dtype), cfg, s, jnp.int32(steps), policy=policy, drafter=drafter, how=how, eos=eos)
+    return drafter.drive(params(cfg, dtype), cfg, s, steps, policy=policy, how=how, eos=eos)
 
 
 def decode(policy=FULL, drafter=PLAIN, rows=None, *, cfg=CFG, dtype="float32", cut=None, chunk=None, T=None, **options) -> Decoding:
@@ -169,6 +190,11 @@ def forced(policy, layers, prompt: Prompt, tokens_BT, *, cfg=CFG):
 def kept(policy, layer) -> list[list[list[int]]]:
     """Ascending orders of the rows that each sequence and kv head still holds."""
     return [[sorted(int(o) for o in head if o >= 0) for head in row] for row in np.asarray(policy.kept(layer))]
+
+
+def compiled(lowered) -> jax.stages.Compiled:
+    """As users compile it: XLA's own emitters, which the other tests do without (conftest.py)."""
+    return lowered.compile({"xla_cpu_use_fusion_emitters": True})
 
 
 # Another text in the middle of the first prompt, and a piece of the second one behind it.

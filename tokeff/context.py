@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import os
 import tempfile
@@ -33,8 +34,8 @@ from tokeff.sparse.patterns import PerHead
 
 
 def choices() -> dict[str, type]:
-    """The classes a saved context may name: those of the listed methods, under both of their settings, and of their parts. Nothing else is
-    ever built from one."""
+    """The classes a saved context may name: those of the listed methods, under both of their settings and with rows on the host, and of
+    their parts. Nothing else is ever built from one."""
     found: dict[str, type] = {}
 
     def walk(value: Any) -> None:
@@ -43,8 +44,9 @@ def choices() -> dict[str, type]:
             for f in dataclasses.fields(value):
                 walk(getattr(value, f.name))
 
-    published = (method.build(**method.settings("paper")) for method in methods() if method.published is not None)
-    for part in (Setup(), Compact(), PerHead(1, 0), *(method.make() for method in methods()), *published):
+    published = (method.build(**method.settings("paper")) for method in methods() if method.published is not None and method.bare)
+    hosted = (method.make(host=True) for method in methods() if "host" in inspect.signature(method.make).parameters)
+    for part in (Setup(), Compact(), PerHead(1, 0), *(method.make() for method in methods() if method.bare), *published, *hosted):
         walk(part)
     return found
 

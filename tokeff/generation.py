@@ -72,7 +72,8 @@ class Setup:
         check_bounded(self.bounded, self.kv, self.cut, self.prefill)
         self.sampling.check(len(lengths))
         self.decode.check(m)
-        if self.decode.nodes > 1 and (reason := self.kv.drafts(self.decode.depth) or self.decode.fits(self.kv, m.cfg)):
+        reason = self.kv.drafts(self.decode.depth) if self.decode.nodes > 1 else None
+        if reason := reason or self.decode.fits(self.kv, m.cfg):
             raise UserError(f"{type(self.decode).__name__} does not fit {type(self.kv).__name__}: {reason}")
 
     def fit(self, m: Model) -> Setup:

@@ -56,6 +56,11 @@ class Method:
         scaled = {k: p.default for k, p in inspect.signature(self.make).parameters.items()}
         return scaled | (self.published or {}) if name == "paper" else scaled
 
+    @property
+    def bare(self) -> bool:
+        """Whether it can be made without naming anything: a drafter that runs another model must be told which."""
+        return all(p.default is not p.empty for p in inspect.signature(self.make).parameters.values())
+
     def build(self, **settings: Any) -> Any:
         """`make` with a one-line error for a setting it does not have: build(**method.settings("paper"))."""
         known = inspect.signature(self.make).parameters
@@ -66,6 +71,7 @@ class Method:
 
 
 _QUICK = "configs/quickstart.py"
+_DECODE = "configs/leaderboard/decoding.py"
 _ALL = {"budget": 1.0}
 _KEEP = {"budget": 1.0, "evict": 0}
 _BLOCKS = {"evict": 16}
@@ -198,6 +204,28 @@ METHODS: tuple[Method, ...] = (
         "TokenRecycling", "decode", "decode", decode.token_recycling, True, papers.RECYCLING, published.RECYCLING, identity={},
         config=_QUICK,
     ),
+    Method("Lookahead (Alipay)", "decode", "decode", decode.lookahead_trie, True, papers.TRIE, published.TRIE, identity={}, config=_DECODE),
+    Method(
+        "LookaheadDecoding", "decode", "decode", decode.lookahead_decoding, True, papers.LADE, published.LADE, identity={}, config=_DECODE
+    ),
+    Method("ADED", "decode", "decode", decode.aded, True, papers.ADED, published.ADED, identity={}, config=_DECODE),
+    Method("EarlyExit", "decode", "decode", decode.early_exit, True, papers.LAYERSKIP, published.EXIT, identity={}, config=_DECODE),
+    Method("SWIFT", "decode", "decode", decode.swift, True, papers.SWIFT, published.SWIFT, identity={}, config=_DECODE),
+    Method("DEL", "decode", "decode", decode.dynamic_exit, True, papers.DEL, published.DEL, identity={}, config=_DECODE),
+    Method("SmartSpec", "decode", "decode", decode.paced, True, papers.SMARTSPEC, published.SMARTSPEC, identity={}, config=_DECODE),
+    Method("DraftModel", "decode", "decode", decode.draft_model, True, papers.SPECULATIVE, published.DRAFT, identity={}, config=_DECODE),
+    Method("SpecTr", "decode", "decode", decode.spectr, True, papers.SPECTR, published.SPECTR, identity={}, config=_DECODE),
+    Method("PEARL", "decode", "decode", decode.pearl, True, papers.PEARL, published.PEARL, identity={}, config=_DECODE),
+    Method("RAPID", "decode", "decode", decode.rapid, False, papers.RAPID, published.RAPID, identity={"eta": 0.0}, config=_DECODE),
+    Method(
+        "FFN-SkipLLM", "decode", "decode", decode.ffn_skipllm, False, papers.FFNSKIP, published.FFNSKIP, identity={"tau": 2.0},
+        config=_DECODE,
+    ),
+    Method(
+        "SkipDecode", "decode", "decode", decode.skip_decode, False, papers.SKIPDECODE, published.SKIPDECODE, identity={"least": 1.0},
+        config=_DECODE,
+    ),
+    Method("R2R", "decode", "decode", decode.r2r, False, papers.R2R, published.R2R, identity={"sure": 2.0}, config=_DECODE),
 )  # fmt: skip
 
 

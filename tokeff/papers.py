@@ -248,3 +248,64 @@ VIDEOXL2 = Paper(
     "Qin, Minghao and Liu, Xiangrui and Liang, Zhengyang and Shu, Yan and Yuan, Huaying and Zhou, Juenjie and Xiao, Shitao and "
     "Zhao, Bo and Liu, Zheng", 2025, "2506.19225",
 )  # fmt: skip
+TRIE = Paper(
+    "zhao2023lookahead", "Lookahead: An Inference Acceleration Framework for Large Language Model with Lossless Generation Accuracy",
+    "Zhao, Yao and Xie, Zhitian and Liang, Chen and Zhuang, Chenyi and Gu, Jinjie", 2023, "2312.12728",
+)  # fmt: skip
+LADE = Paper(
+    "fu2024lookahead", "Break the Sequential Dependency of LLM Inference Using Lookahead Decoding",
+    "Fu, Yichao and Bailis, Peter and Stoica, Ion and Zhang, Hao", 2024, "2402.02057",
+)  # fmt: skip
+ADED = Paper(
+    "liu2024aded", "Adaptive Draft-Verification for Efficient Large Language Model Decoding",
+    "Liu, Xukun and Lei, Bowen and Zhang, Ruqi and Xu, Dongkuan", 2024, "2407.12021",
+)  # fmt: skip
+LAYERSKIP = Paper(
+    "elhoushi2024layerskip", "LayerSkip: Enabling Early Exit Inference and Self-Speculative Decoding",
+    "Elhoushi, Mostafa and Shrivastava, Akshat and Liskovich, Diana and Hosmer, Basil and Wasti, Bram and Lai, Liangzhen and "
+    "Mahmoud, Anas and Acun, Bilge and Agarwal, Saurabh and Roman, Ahmed and Aly, Ahmed A and Chen, Beidi and Wu, Carole-Jean",
+    2024, "2404.16710",
+)  # fmt: skip
+SWIFT = Paper(
+    "xia2024swift", "SWIFT: On-the-Fly Self-Speculative Decoding for LLM Inference Acceleration",
+    "Xia, Heming and Li, Yongqi and Zhang, Jun and Du, Cunxiao and Li, Wenjie", 2024, "2410.06916",
+)  # fmt: skip
+DEL = Paper(
+    "zarch2025del", "DEL: Context-Aware Dynamic Exit Layer for Efficient Self-Speculative Decoding",
+    "Entezari Zarch, Hossein and Gao, Lei and Jiang, Chaoyi and Annavaram, Murali", 2025, "2504.05598",
+)  # fmt: skip
+SMARTSPEC = Paper(
+    "liu2024smartspec", "Optimizing Speculative Decoding for Serving Large Language Models Using Goodput",
+    "Liu, Xiaoxuan and Daniel, Cade and Hu, Langxiang and Kwon, Woosuk and Li, Zhuohan and Mo, Xiangxi and Cheung, Alvin and "
+    "Deng, Zhijie and Stoica, Ion and Zhang, Hao", 2024, "2406.14066",
+)  # fmt: skip
+SPECULATIVE = Paper(
+    "leviathan2022speculative", "Fast Inference from Transformers via Speculative Decoding",
+    "Leviathan, Yaniv and Kalman, Matan and Matias, Yossi", 2022, "2211.17192",
+)  # fmt: skip
+SPECTR = Paper(
+    "sun2023spectr", "SpecTr: Fast Speculative Decoding via Optimal Transport",
+    "Sun, Ziteng and Suresh, Ananda Theertha and Ro, Jae Hun and Beirami, Ahmad and Jain, Himanshu and Yu, Felix", 2023, "2310.15141",
+)  # fmt: skip
+PEARL = Paper(
+    "liu2024pearl", "PEARL: Parallel Speculative Decoding with Adaptive Draft Length",
+    "Liu, Tianyu and Li, Yun and Lv, Qitan and Liu, Kai and Zhu, Jianchen and Hu, Winston and Sun, Xiao", 2024, "2408.11850",
+)  # fmt: skip
+RAPID = Paper(
+    "chen2025rapid", "Long-Context Inference with Retrieval-Augmented Speculative Decoding",
+    "Chen, Guanzheng and Feng, Qilong and Ni, Jinjie and Li, Xin and Shieh, Michael Qizhe", 2025, "2502.20330",
+)  # fmt: skip
+FFNSKIP = Paper(
+    "jaiswal2024ffnskipllm", "FFN-SkipLLM: A Hidden Gem for Autoregressive Decoding with Adaptive Feed Forward Skipping",
+    "Jaiswal, Ajay and Hu, Bodun and Yin, Lu and Ro, Yeonju and Liu, Shiwei and Chen, Tianlong and Akella, Aditya", 2024, "2404.03865",
+)  # fmt: skip
+SKIPDECODE = Paper(
+    "delcorro2023skipdecode", "SkipDecode: Autoregressive Skip Decoding with Batching and Caching for Efficient LLM Inference",
+    "Del Corro, Luciano and Del Giorno, Allie and Agarwal, Sahaj and Yu, Bin and Awadallah, Ahmed and Mukherjee, Subhabrata",
+    2023, "2307.02628",
+)  # fmt: skip
+R2R = Paper(
+    "fu2025r2r", "R2R: Efficiently Navigating Divergent Reasoning Paths with Small-Large Model Token Routing",
+    "Fu, Tianyu and Ge, Yi and You, Yichen and Liu, Enshu and Yuan, Zhihang and Dai, Guohao and Yan, Shengen and Yang, Huazhong and "
+    "Wang, Yu", 2025, "2505.21600",
+)  # fmt: skip

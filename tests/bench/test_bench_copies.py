@@ -6,6 +6,7 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
+import tiny
 
 from tokeff.bench.decode import policies
 from tokeff.decode.draft import Plain
@@ -41,8 +42,8 @@ def compiled(policy, drafter):
 
     s = jax.eval_shape(begin, layers, struct(1, ROWS, dtype="int32"), count, struct(1, CFG.V))
     args = dict(policy=policy, drafter=drafter, how=setup.sampling, eos=())
-    program = run.lower(abstract(CFG, Precision()), CFG, s, jnp.int32(NEW), **args).compile()
-    return program, {x.size for layer in s.layers for x in (layer.k_BKCH, layer.v_BKCH)}
+    program = run.lower(abstract(CFG, Precision()), CFG, s, jnp.int32(NEW), **args)
+    return tiny.compiled(program), {x.size for layer in s.layers for x in (layer.k_BKCH, layer.v_BKCH)}
 
 
 def computations(text):
@@ -109,5 +110,5 @@ def test_a_copy_would_be_seen():
 
         return jax.lax.while_loop(lambda c: c[0] < 9, body, (0, cache, jnp.zeros(576)))
 
-    text = jax.jit(loop, donate_argnums=0).lower(cache, weight).compile().as_text()
+    text = tiny.compiled(jax.jit(loop, donate_argnums=0).lower(cache, weight)).as_text()
     assert len(made(text, {3 * 2112 * 64})) >= 1

@@ -92,12 +92,26 @@ def test_digests_tell_texts_apart():
     assert sources.digest("stdlib") != sources.digest("northanger_abbey") == sources.digest("northanger_abbey")
 
 
-def test_there_are_fifteen_prompts_of_every_kind():
-    assert {kind: len(prompts(kind)) for kind in PROMPT_KINDS} == dict.fromkeys(PROMPT_KINDS, 15)
-    assert len({prompt.text for prompt in prompts()}) == 60
+def test_there_are_forty_prompts_of_every_kind():
+    assert {kind: len(prompts(kind)) for kind in PROMPT_KINDS} == dict.fromkeys(PROMPT_KINDS, 40)
+    assert len({prompt.text for prompt in prompts()}) == 200
     assert all(prompt.text.strip() for prompt in prompts())
     with pytest.raises(UserError, match="known: chat, code, copy, prose|did you mean"):
         prompts("poetry")
+
+
+def test_what_is_to_be_summarised_stands_in_the_passage():
+    """The longest paragraph of each such prompt is the passage; the other asks."""
+    for prompt in prompts("summarise"):
+        passage, ask = sorted(prompt.text.split("\n\n"), key=len, reverse=True)
+        assert passage in sources.text() and prompt.said and re.search("summar|main point|What happens", ask, re.IGNORECASE)
+
+
+def test_the_share_that_is_copied_was_measured_for_every_copy_prompt_and_no_other():
+    shares = [prompt.copied for prompt in prompts("copy")]
+    assert all(share is not None and 0 <= share <= 1 for share in shares) and not any(p.copied for p in prompts() if p.kind != "copy")
+    heavy = sources.copy_heavy()
+    assert len(heavy) >= 16 and min(prompt.copied for prompt in heavy) >= sources.COPY_HEAVY > min(shares)
 
 
 def test_prose_prompts_stand_in_the_passage():

@@ -3,24 +3,23 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import runs
 import tiny
 
 from tokeff.decode.loop import settle
 from tokeff.decode.methods import token_recycling
 from tokeff.kv.extend import extend
-from tokeff.listing import methods
 
-pytestmark = [pytest.mark.core, pytest.mark.xdist_group("settle")]
+pytestmark = pytest.mark.core
 QUESTION = np.asarray([[3, 1, 4, 1], [2, 7, 1, 8]])
-POLICIES = {m.name: m.make(**tiny.fast(m)) for m in methods() if m.part == "kv"}
 RECYCLING = token_recycling(tiny.TREE)
 
 
 def asked(policy, drafter):
-    """(the generated text, logits over a question behind it)."""
-    prompt = tiny.read(policy)
-    s = tiny.start(prompt, policy, drafter, new=tiny.NEW + QUESTION.shape[1])
-    s = tiny.go(s.replace(limit_B=jnp.full(2, tiny.NEW, jnp.int32)), policy, drafter)
+    """(the generated text, logits over a question behind it). The programs are those of the property tests; the question goes where
+    their last tokens do."""
+    s = tiny.start(runs.prompt(), policy, drafter)
+    s = tiny.go(s.replace(limit_B=jnp.full(2, tiny.NEW - QUESTION.shape[1], jnp.int32)), policy, drafter)
     said = tiny.text(s)
     s = settle(tiny.params(), tiny.CFG, s, policy=policy)
     last = jnp.take_along_axis(s.tokens_BS, s.count_B[:, None] - 1, axis=1)
@@ -30,9 +29,9 @@ def asked(policy, drafter):
     return said, np.asarray(logits)
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", runs.listed("kv"))
 def test_a_question_after_drafts_is_answered_as_after_plain_decoding(name):
-    policy = POLICIES[name]
+    policy = runs.part(name, "fast")["kv"]
     if reason := policy.drafts(RECYCLING.depth):
         pytest.skip(reason)
     said, logits = asked(policy, RECYCLING)

@@ -6,6 +6,7 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
+import tiny
 
 from tokeff.kernels import cases, column_mass, decode_attention
 from tokeff.kernels.cases import Case
@@ -54,7 +55,7 @@ def test_the_counter_sees_a_copy():
     case = Case("copied", C=2048)
     a = cases.structs(case)
     select = jax.jit(lambda q, k: jnp.einsum("btkh,bkch->bkc", q[:, :, :3], jnp.where(k > 0, k, 0)))
-    assert cache_sized(select.lower(a["q"], a["k"]).compile(), case)
+    assert cache_sized(tiny.compiled(select.lower(a["q"], a["k"])), case)
 
 
 @pytest.mark.parametrize(("T", "C"), SHAPES)
@@ -62,7 +63,7 @@ def test_decode_attention_copies_no_cache(T, C):
     case = Case("copies", T=T, C=C)
     a = cases.structs(case)
     f = jax.jit(lambda a: decode_attention(*(a[n] for n in ("q", "k", "v", "order", "lo", "hi")), **case.options))
-    assert cache_sized(f.lower(a).compile(), case) == []
+    assert cache_sized(tiny.compiled(f.lower(a)), case) == []
 
 
 @pytest.mark.parametrize(("T", "C"), SHAPES)
@@ -70,7 +71,7 @@ def test_column_mass_copies_no_cache(T, C):
     case = Case("copies", T=T, C=C)
     names = ("q", "k", "lse", "order", "lo", "hi", "weight")
     f = jax.jit(lambda a: column_mass(*(a[n] for n in names), **case.options))
-    assert cache_sized(f.lower(cases.structs(case)).compile(), case) == []
+    assert cache_sized(tiny.compiled(f.lower(cases.structs(case))), case) == []
 
 
 def test_decode_loop_that_writes_and_reads_a_cache_copies_none():
@@ -89,5 +90,5 @@ def test_decode_loop_that_writes_and_reads_a_cache_copies_none():
         return jax.lax.while_loop(lambda c: c[0] < 9, step, (0, q, k, v, order))
 
     a = cases.structs(case)
-    compiled = jax.jit(loop, donate_argnums=(1, 2, 3)).lower(*(a[n] for n in ("q", "k", "v", "order"))).compile()
-    assert cache_sized(compiled, case) == []
+    lowered = jax.jit(loop, donate_argnums=(1, 2, 3)).lower(*(a[n] for n in ("q", "k", "v", "order")))
+    assert cache_sized(tiny.compiled(lowered), case) == []

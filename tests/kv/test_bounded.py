@@ -6,6 +6,7 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
+import runs
 import tiny
 from oracles import bounded as oracle
 from oracles.against import dense
@@ -26,7 +27,7 @@ from tokeff.reduce.methods import gemfilter
 from tokeff.sparse.methods import a_shape, quest
 
 pytestmark = pytest.mark.core
-PIECE, LENGTH = 16, tiny.LENGTHS[0]
+PIECE, LENGTH = runs.PIECE, tiny.LENGTHS[0]
 ROWS = 24
 
 
@@ -71,18 +72,18 @@ def bounded_methods():
 @pytest.mark.parametrize("method", bounded_methods())
 def test_with_a_whole_budget_nothing_changes(method):
     policy = method.make(**(tiny.identity(method) if method.identity is not None else {}))
-    whole = tiny.read(policy)
-    prompt = read(policy)
+    whole = runs.prompt()
+    prompt = read(policy, piece=runs.CHUNK)
     np.testing.assert_allclose(prompt.logits_BV, whole.logits_BV, atol=1e-4)
-    for mine, theirs in zip(pack(policy, prompt.layers, Room(2), tiny.CFG), pack(policy, whole.layers, Room(2), tiny.CFG), strict=True):
+    for mine, theirs in zip(tiny.packed(policy, prompt), tiny.packed(policy, whole), strict=True):
         assert tiny.kept(policy, mine) == tiny.kept(policy, theirs)
 
 
 @pytest.mark.parametrize("method", bounded_methods())
 def test_a_layer_never_holds_more_than_its_budget_and_a_piece(method):
     policy = method.make(**tiny.settings(method))
-    prompt = read(policy)
-    pack(policy, prompt.layers, Room(2), tiny.CFG)
+    prompt = runs.bounded(policy)
+    tiny.packed(policy, prompt)
     most = max(layer.k_BKSH.shape[2] for layer in prompt.layers)
     if isinstance(policy, Keep) and type(policy).squeeze is Keep.squeeze and policy.span == "layer":
         assert most <= max(policy.rows(LENGTH, Here(i, tiny.CFG)) for i in range(tiny.CFG.L)) + PIECE

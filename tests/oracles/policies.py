@@ -220,3 +220,31 @@ class LMInfinite(StreamingLLM):
 
     def key(self, layer, head, order):
         return self.m.rope(layer, self.rows[layer][head][order][0], max(order, self.now - self.cap))
+
+
+class ALISA(Cache):
+    """Zhao et al. 2024, with all rows held: a query reads the last `recent` rows and, of the others, those with the most attention from the
+    `steps` queries before it; `rows` in all. A row that a query does not read gets none from it."""
+
+    def __init__(self, model, seen, rows: int, steps: int, recent: int):
+        super().__init__(model, seen)
+        self.n, self.steps, self.recent = rows, steps, recent
+        heads = range(model.cfg.K)
+        self.looks = [[[self.of_prompt(s, h, a) for a in s.orders[-steps:]] for h in heads] for s in seen]
+        self.read = []  # (layer, head, order, orders read) of every query
+
+    def of_prompt(self, s: Seen, head: int, asking: int) -> dict:
+        return {o: column_sum(self.m, s, head, [asking], o) for o in s.orders}
+
+    def chosen(self, layer, head, q_GH, order):
+        rows, looks = sorted(self.rows[layer][head]), self.looks[layer][head][-self.steps :]
+        near = rows[-self.recent :]
+        older = [o for o in rows if o not in near and o >= self.m.oldest(layer, order)]
+        found = best({o: sum(p.get(o, 0.0) for p in looks) for o in older}, self.n - self.recent) + near
+        self.looks[layer][head].append(defaultdict(float))
+        self.read.append((layer, head, order, found))
+        return found
+
+    def saw(self, layer, head, p):
+        for o, x in p.items():
+            self.looks[layer][head][-1][o] += x

@@ -18,10 +18,8 @@ from tokeff.errors import UserError
 from tokeff.generation import Setup, check_chunk
 from tokeff.kv import methods as kv
 from tokeff.kv.blend import choose
-from tokeff.kv.cache import Room
 from tokeff.kv.classes import ByClass
 from tokeff.kv.compress import ByImportance
-from tokeff.kv.extend import pack
 from tokeff.kv.keep import Keep
 from tokeff.kv.policy import Policy, Prefilled
 from tokeff.kv.prefill import Prompt
@@ -56,14 +54,7 @@ def setup_of(name: str, kind: str = "small", **changed) -> Setup:
 
 
 def runs_once(policy: Policy) -> None:
-    """One token: in one layer, or in all of a policy that decides over all of them."""
-    prompt = tiny.read(policy)
-    if type(policy).pack is Policy.pack:
-        return runs.check_token(policy, prompt)
-    packed = pack(policy, prompt.layers, Room(1), tiny.CFG)
-    ((logits, layers),) = tiny.forced(policy, packed, prompt, runs.GIVEN[:, :1])
-    assert np.isfinite(logits).all()
-    runs.check_rows(policy, layers, tiny.LENGTHS)
+    runs.check_policy(policy, runs.prompt() if set(policy.needs()) <= set(runs.evidence()) else tiny.read(policy))
 
 
 # -- budgets
@@ -112,7 +103,7 @@ def test_heads_without_a_row_of_the_prompt(what):
     policy = NO_ROW[what]
     assert refused(Setup(kv=policy)) is None
     prompt = tiny.read(tiny.FULL, evidence=policy.needs())
-    packed = pack(policy, prompt.layers, Room(2), tiny.CFG)
+    packed = tiny.packed(policy, prompt)
     for t, (logits, layers) in enumerate(tiny.forced(policy, packed, prompt, runs.GIVEN[:, :2])):
         assert np.isfinite(logits).all()
         for layer in layers:
@@ -139,7 +130,7 @@ def test_prompts_shorter_than_sinks_and_window(name, kind, n):
         assert any(word in reason for word in ("raise", "lower", "longer", "use one", "give", "set"))
         return
     prompt = short(n)
-    packed = pack(setup.kv, prompt.layers, Room(runs.STEPS), tiny.CFG)
+    packed = tiny.packed(setup.kv, prompt)
     ((logits, layers),) = tiny.forced(setup.kv, packed, prompt, runs.GIVEN[:, :1])
     assert np.isfinite(logits).all()
     runs.check_rows(setup.kv, layers, (64, n))
@@ -151,7 +142,7 @@ def test_short_prompts_go_through(name, n):
     parts = runs.part(name)
     assert refused(Setup(**parts), (64, n)) is None
     rows = (tiny.prompts()[0], tiny.prompts()[1][:n])
-    prompt = tiny.read(tiny.FULL, rows, evidence=runs.evidence(), cut=parts.get("cut"), pattern=parts.get("prefill"))
+    prompt = tiny.read(tiny.FULL, rows, evidence=runs.asked(parts), cut=parts.get("cut"), pattern=parts.get("prefill"))
     assert np.isfinite(prompt.logits_BV).all() and int(prompt.layers[-1].here_B[1]) >= 1
 
 
@@ -237,8 +228,7 @@ def spoiled(rows: Prefilled) -> Prefilled:
 def test_a_prompt_with_nan_is_packed_as_large_as_any(name):
     """As many rows as without it, none twice. A rule that ranks by keys or attention drops the row that has it."""
     policy, p = runs.part(name)["kv"], runs.prompt()
-    clean = pack(policy, p.layers, Room(runs.STEPS), tiny.CFG)
-    packed = pack(policy, tuple(map(spoiled, p.layers)), Room(runs.STEPS), tiny.CFG)
+    clean, packed = (tiny.packed(policy, prompt) for prompt in (p, p.replace(layers=tuple(map(spoiled, p.layers)))))
     rows = [[tiny.kept(policy, layer) for layer in layers] for layers in (clean, packed)]
 
     def count(layers) -> list[int]:

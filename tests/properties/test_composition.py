@@ -10,12 +10,9 @@ from runs import listed, part, prompt
 
 from tokeff.decode.sample import Sampling
 from tokeff.generation import Setup
-from tokeff.kv.cache import Room
-from tokeff.kv.extend import pack
-from tokeff.listing import METHODS
 
 pytestmark = pytest.mark.core
-NAMES = {kind: [m.name for m in METHODS if m.part == kind] for kind in ("kv", "cut", "decode")}
+NAMES = {kind: [m.name for m in runs.METHODS if m.part == kind] for kind in ("kv", "cut", "decode")}
 SAMPLING = Sampling(0.9, top_k=20, top_p=0.95)
 
 
@@ -31,7 +28,8 @@ def test_every_combination_is_possible_or_refused_at_once(kv):
         reason = refusal(kv, cut, decode, kind)
         assert reason is None or ("\n" not in reason and len(reason) < 250)
         if cut is None and (decode is None or kind == "fast"):
-            assert reason is None, "settings at which a method is exact under drafts fit every drafter"
+            own = decode and part(decode)["decode"].fits(part(kv, kind)["kv"], tiny.CFG)
+            assert reason is None or own, "settings at which a method is exact under drafts fit every drafter that runs no layers alone"
     assert runs.programs() == programs, "a refusal comes before anything is compiled"
 
 
@@ -46,7 +44,7 @@ def test_policy_over_a_pass_decodes(kv, cut):
     if refusal(kv, cut, None, "small"):
         return
     policy, p = part(kv)["kv"], prompt(cut)
-    packed = pack(policy, p.layers, Room(2), tiny.CFG)
+    packed = tiny.packed(policy, p)
     for t, (logits, layers) in enumerate(tiny.forced(policy, packed, p, runs.GIVEN[:, :2])):
         assert np.isfinite(logits).all()
         for layer in layers:

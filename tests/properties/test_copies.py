@@ -10,7 +10,7 @@ import tiny
 from runs import listed, part
 
 from tokeff.decode.loop import begin, run
-from tokeff.decode.methods import token_recycling
+from tokeff.decode.methods import early_exit, token_recycling
 from tokeff.decode.sample import GREEDY, row_keys
 from tokeff.kv.cache import Room
 from tokeff.kv.extend import extend, pack
@@ -51,7 +51,7 @@ def compiled(policy, drafter=tiny.PLAIN):
     stores = rows + [x.shape for x in jax.tree.leaves(s.layers) if x.ndim == 5 and x.dtype == jnp.uint8]  # pages of codes
     stores += [x.shape for path, x in jax.tree_util.tree_leaves_with_path(s.layers) if path[-1].name == "low_BCY"]  # one row for all heads
     assert stores
-    return program.compile().as_text(), {tuple(sorted(shape)) for shape in stores}
+    return tiny.compiled(program).as_text(), {tuple(sorted(shape)) for shape in stores}
 
 
 @pytest.mark.parametrize("name", listed("kv"))
@@ -66,8 +66,10 @@ def test_decode_loop_copies_no_cache(name):
 
 
 @pytest.mark.parametrize("name", listed("kv", where=lambda m: m.name in ("Full", "H2O")))
-def test_draft_loop_copies_no_cache(name):
-    text, shapes = compiled(part(name, "fast")["kv"], part("TokenRecycling")["decode"])
+@pytest.mark.parametrize("drafter", [token_recycling(tiny.TREE), early_exit(2, 4)], ids=["text", "layers"])
+def test_draft_loop_copies_no_cache(name, drafter):
+    """Drafts from the text, and drafts of layers that run row by row in a loop of their own."""
+    text, shapes = compiled(part(name, "fast")["kv"], drafter)
     assert not [line for operation, line in large(text, shapes) if operation.startswith("copy")]
 
 
@@ -87,7 +89,7 @@ def test_forked_loop_copies_no_prefix(drafter):
     program = run.lower(tiny.params(), tiny.CFG, s, jnp.int32(5), policy=policy, drafter=drafter, how=GREEDY, eos=())
     levels = {x.shape for x in jax.tree.leaves([layer.levels for layer in layers]) if x.ndim == 4}
     assert sorted(levels) == [(1, 2, 64, 8), (2, 2, 24, 8)]
-    found = large(program.compile().as_text(), {tuple(sorted(shape)) for shape in levels | {layers[0].own.k_BKCH.shape}})
+    found = large(tiny.compiled(program).as_text(), {tuple(sorted(shape)) for shape in levels | {layers[0].own.k_BKCH.shape}})
     assert not [line for operation, line in found if not (operation == "fusion" and "scatter" in line)]
 
 
@@ -101,5 +103,5 @@ def test_the_check_sees_a_copy():
         return x.at[:, :, i + 1].set(before[:, :, i] + jnp.flip(before, 2)[:, :, i])
 
     cache = jnp.zeros((2, 2, 84, 8))
-    text = jax.jit(lambda x: jax.lax.fori_loop(0, 9, body, x)).lower(cache).compile().as_text()
-    assert large(text, {tuple(sorted(cache.shape))})
+    program = jax.jit(lambda x: jax.lax.fori_loop(0, 9, body, x)).lower(cache)
+    assert large(tiny.compiled(program).as_text(), {tuple(sorted(cache.shape))})

@@ -12,8 +12,6 @@ from runs import listed, method, part, steps
 from tokeff.errors import UserError
 from tokeff.evals.cost import dense_bytes
 from tokeff.kv.budget import most_rows
-from tokeff.kv.cache import Room
-from tokeff.kv.extend import pack
 from tokeff.kv.policy import tree_bytes
 from tokeff.kv.shadow import ShadowKV
 from tokeff.models.flow import Here
@@ -50,7 +48,7 @@ def test_finer_settings_come_closer_to_dense(name):
     p, errors = runs.prompt(), []
     for setting in method(name).converges:
         policy = method(name).make(**(tiny.settings(method(name)) | setting))
-        layers = pack(policy, p.layers, Room(runs.STEPS), tiny.CFG)
+        layers = tiny.packed(policy, p)
         logits = np.stack([out for out, _ in tiny.forced(policy, layers, p, runs.GIVEN[:, :2])])
         errors.append(np.sqrt(np.square(logits - steps("Full").logits[:2]).mean()))
     assert errors == sorted(errors, reverse=True) and errors[-1] < errors[0] / 2, errors
@@ -72,12 +70,13 @@ def test_rows_and_bytes_stay_within_budget(name):
     """Prompt rows kept never exceed the share, summed over what the budget is a mean of: the heads of a layer, or of the model. An
     evicting policy holds the total to it throughout."""
     policy = part(name).get("kv", tiny.FULL)
+    given = runs.prompt_of(name, "small").next_B.tolist()
     evicts, whole = policy.vacancy(steps(name).packed[0]) is not None, policy.span == "model"
     totals = {}
     for i, b, _, history in rows_kept(name):
         assert all(len(set(orders)) == len(orders) for orders in history), "a row is kept twice"
         for t, orders in enumerate(history):
-            counted = orders if evicts else [o for o in orders if o < int(runs.prompt_of(name, "small").next_B[b])]
+            counted = orders if evicts else [o for o in orders if o < given[b]]
             at = (t, tiny.CFG.L - 1 if whole else i, b)
             totals[at] = totals.get(at, 0) + len(counted)
     above = -1 if method(name).part == "kv" or part(name)["cut"].restart else part(name)["cut"].layer
@@ -174,7 +173,7 @@ def test_shadowkv_has_no_identity_below_full_rank():
     p, errors = runs.prompt(), []
     for rank in (0.25, 0.75, 1.0):
         policy = ShadowKV(1.0, rank)
-        layers = pack(policy, p.layers, Room(runs.STEPS), tiny.CFG)
+        layers = tiny.packed(policy, p)
         logits = np.stack([out for out, _ in tiny.forced(policy, layers, p, runs.GIVEN[:, :2])])
         errors.append(np.abs(logits - steps("Full").logits[:2]).max())
     assert errors == sorted(errors, reverse=True) and errors[-1] < ATOL

@@ -20,10 +20,8 @@ import tiny
 from runs import listed, method
 
 from tokeff.generation import Setup
-from tokeff.kv.bounded import prefill_bounded
 from tokeff.kv.cache import Room, Rows
 from tokeff.kv.evidence import Evidence
-from tokeff.kv.extend import pack
 from tokeff.kv.keep import Keep
 from tokeff.kv.policy import pad_slots
 from tokeff.kv.prefill import Prompt
@@ -87,13 +85,6 @@ def wanted(by) -> tuple[Evidence, ...]:
     return tuple(dict.fromkeys(kind for name in names for kind in runs.part(name)["kv"].needs()))
 
 
-def read_bounded(policy) -> Prompt:
-    tokens, length = tiny.padded(tiny.prompts())
-    return prefill_bounded(
-        tiny.params(), tiny.CFG, tokens, length, policy, piece=matrix().PIECE, evidence=policy.needs(), dtype="float32"
-    )
-
-
 @pytest.mark.parametrize("kind", ["pattern", "blend", "bounded"])
 @pytest.mark.parametrize("name", listed("kv"))
 def test_a_prompt_read_in_another_way_decodes(name, kind):
@@ -101,8 +92,8 @@ def test_a_prompt_read_in_another_way_decodes(name, kind):
         assert cell(name, kind).reason
         return
     policy = joined(name, kind)[0].kv
-    prompt = read_bounded(policy) if kind == "bounded" else made(kind)
-    packed = pack(policy, prompt.layers, Room(runs.STEPS), tiny.CFG)
+    prompt = runs.bounded(policy) if kind == "bounded" else made(kind)
+    packed = tiny.packed(policy, prompt)
     ((logits, layers),) = tiny.forced(policy, packed, prompt, runs.GIVEN[:, :1])
     assert np.isfinite(logits).all()
     runs.check_rows(policy, layers, tiny.LENGTHS)
@@ -194,6 +185,8 @@ def test_the_rows_of_a_rule_in_other_hands(name):
 
 # -- passes, prefills and drafters among each other
 
+DRAFTERS = ("PromptLookup", "TokenRecycling")  # a chain and a tree; test_every_method.py has all of them behind an ordinary prompt
+
 
 @pytest.mark.parametrize("name", listed("kv"))
 def test_a_pass_over_a_longer_prompt(name):
@@ -228,7 +221,7 @@ def test_a_pass_over_a_pattern(cut, pattern):
 
 
 @pytest.mark.parametrize("name", listed("prefill"))
-@pytest.mark.parametrize("drafter", [m.name for m in runs.METHODS if m.part == "decode"])
+@pytest.mark.parametrize("drafter", DRAFTERS)
 def test_drafts_behind_a_prefill(name, drafter):
     """The prompt came into being in another way; drafts give the text that plain decoding gives behind it."""
     drafted = runs.decoded(decode=drafter, prefill=name)
@@ -241,8 +234,8 @@ def test_drafts_behind_a_truncated_prompt():
 
 
 @pytest.mark.xdist_group("Full")
-@pytest.mark.parametrize("drafter", [m.name for m in runs.METHODS if m.part == "decode"])
+@pytest.mark.parametrize("drafter", DRAFTERS)
 def test_drafts_behind_chunks_and_bounded_reading(drafter):
     how = runs.part(drafter)["decode"]
     assert tiny.text(runs.decoded(decode=drafter, form="chunked")) == tiny.text(runs.decoded())
-    assert tiny.text(tiny.go(tiny.start(read_bounded(tiny.FULL), tiny.FULL, how), tiny.FULL, how)) == tiny.text(runs.decoded())
+    assert tiny.text(tiny.go(tiny.start(runs.bounded(tiny.FULL), tiny.FULL, how), tiny.FULL, how)) == tiny.text(runs.decoded())

@@ -3,6 +3,7 @@
 import io
 import re
 
+import matplotlib
 import numpy as np
 import pytest
 from fakes import fake, figures, kept
@@ -35,6 +36,16 @@ def test_figures_have_something_on_them(figure):
     pixels = image.imread(io.BytesIO(drawn.png), format="png")
     assert pixels.shape[0] > 300 and pixels[..., :3].std() > 0.02
     assert b"<svg" in drawn.svg
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("values", [(-0.4, -3.0), (2.0, -3.0), (0.0, 0.0)], ids=str)
+def test_bars_below_zero_stay_on_the_page(values):
+    """What matplotlib cannot lay out it warns of, and draws on top of each other."""
+    rows = [{"method": f"method {i}", "context": 64, "overhead_ms": value} for i, value in enumerate(values)]
+    with matplotlib.rc_context(plots.STYLE):
+        drawn = plots.draw(rows, Bars("overhead_ms"))
+    assert image.imread(io.BytesIO(drawn.png), format="png")[..., :3].std() > 0.02
 
 
 def test_figures_without_data_are_left_out():

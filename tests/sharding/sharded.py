@@ -5,10 +5,12 @@ from functools import cache
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import tiny
 
 from tokeff import sharding
 from tokeff.collectives import Collective, collectives
+from tokeff.decode.draft import Drafter
 from tokeff.decode.loop import Decoding, run
 from tokeff.generation import Setup, go, read, start
 from tokeff.kv.prefill import Prompt
@@ -19,7 +21,12 @@ from tokeff.models.load import Model
 LENGTHS = (64, 51, 60, 64, 43, 64, 57, 64)
 NEW = 12
 HALF = ((0, 2, 3, 7),)  # of 8 kv heads: two classes that a mesh of 4 divides
-METHODS = {m.name: m for m in methods()}
+METHODS = {m.name: m for m in methods() if m.bare}
+
+
+def named(*names: str) -> list:
+    """Test parameters, grouped so that one worker runs all tests of a method."""
+    return [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in names]
 
 
 def setup(name: str) -> Setup:
@@ -54,27 +61,47 @@ def prompts() -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(row.tolist()) for row in rows)
 
 
+@cache
+def dense(split: bool) -> Prompt:
+    """The prompts read once for all policies, on one device or on data=2 x model=4, with all evidence that any of them asks for."""
+    asked = dict.fromkeys(kind for name in METHODS for kind in setup(name).kv.needs())
+    return read(placed(8, 2, 4) if split else model(8), prompts(), Setup(), evidence=tuple(asked))
+
+
+def prompt_of(m: Model, name: str, rows=None) -> Prompt:
+    parts = setup(name)
+    if rows is None and parts.cut is None and parts.prefill is None and (m is model(8) or m is placed(8, 2, 4)):
+        return tiny.only(parts.kv, dense(m is not model(8)))
+    return read(m, rows or prompts(), parts)
+
+
 def begun(m: Model, name: str, rows=None) -> tuple[Prompt, Decoding]:
     """(the prefilled prompts, the state before the first decode step)."""
-    prompt = read(m, rows or prompts(), setup(name))
+    prompt = prompt_of(m, name, rows)
     return prompt, start(m, prompt, setup(name), NEW)
 
 
 def generated(m: Model, name: str, rows=None) -> tuple[Prompt, Decoding]:
     """(the prefilled prompts, the state after NEW tokens)."""
     prompt, s = begun(m, name, rows)
+    if rows is None and m is placed(8, 2, 4) and type(setup(name).decode).drive is Drafter.drive:
+        return prompt, loop(name)(m.params, s, jnp.int32(NEW))  # what `go` would compile again
     return prompt, go(m, s, setup(name), NEW, ())
 
 
 @cache
-def sent(name: str, data: int = 2, model_axis: int = 4, K: int = 8) -> tuple[list[Collective], Decoding]:
-    """(every collective of the compiled decode loop, the state that goes into it)."""
-    m, parts = placed(K, data, model_axis), setup(name)
-    _, s = begun(m, name)
+def loop(name: str) -> jax.stages.Compiled:
+    """The decode loop on data=2 x model=4."""
+    m, parts = placed(8, 2, 4), setup(name)
     args = dict(policy=parts.kv, drafter=parts.decode, how=parts.sampling, eos=())
     with sharding.beside(m.params):
-        program = run.lower(m.params, m.cfg, s, jnp.int32(NEW), **args).compile()
-    return collectives(program.as_text()), s
+        return run.lower(m.params, m.cfg, begun(m, name)[1], jnp.int32(NEW), **args).compile()
+
+
+@cache
+def sent(name: str) -> tuple[list[Collective], Decoding]:
+    """(every collective of that loop, the state that goes into it)."""
+    return collectives(loop(name).as_text()), begun(placed(8, 2, 4), name)[1]
 
 
 @cache

@@ -47,12 +47,12 @@ def split(found: list[Collective], s) -> tuple[list[Collective], list[Collective
     """(activations (B, T, D) added up over the model axis, everything else)."""
     T, D = s.accepted.path_BW.shape[1], sharded.model(8).cfg.D
     rows = len(sharded.LENGTHS) // 2
-    wanted = {f"f32[{rows},{T},{D}]", f"f32[{rows * T},{D}]"}
+    wanted = {f"f32[{rows},{T},{D}]", f"f32[{rows * T},{D}]", f"f32[{D},{rows},{T}]"}  # the last: products with the weight on the left
     sums = [c for c in found if c.kind == "all-reduce" and c.shape in wanted]
     return sums, [c for c in found if c not in sums]
 
 
-@pytest.mark.parametrize("name", [*sharded.METHODS, "H2O+PromptLookup"])
+@pytest.mark.parametrize("name", sharded.named(*sharded.METHODS, "H2O+PromptLookup"))
 def test_collectives(name):
     """Two sums of activations a layer and one for the embedding; nothing as large as a layer's keys on one device."""
     found, s = sharded.sent(name)
@@ -64,7 +64,7 @@ def test_collectives(name):
     assert all(c.bytes < smallest for c in others), others
 
 
-@pytest.mark.parametrize("name", sharded.METHODS)
+@pytest.mark.parametrize("name", sharded.named(*sharded.METHODS))
 def test_every_array_lies_where_its_name_says(name):
     """The compiled loop keeps the layout: what the caches held on one device after `start` is their share, and no more."""
     _, s = sharded.sent(name)

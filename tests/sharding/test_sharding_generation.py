@@ -49,22 +49,24 @@ def check_equal(K: int, name: str, m) -> None:
                 np.testing.assert_array_equal(x, y, err_msg=where)
 
 
-@pytest.mark.parametrize("name", [*sharded.METHODS, EVICTING, CROSSING])
+@pytest.mark.parametrize("name", sharded.named(*sharded.METHODS, EVICTING, CROSSING))
 def test_every_method(name):
     check_equal(8, name, sharded.placed(8, 2, 4))
 
 
+@pytest.mark.xdist_group(CROSSING)
 @pytest.mark.parametrize(("K", "data", "model"), MESHES)
 def test_every_mesh(K, data, model):
     check_equal(K, CROSSING, sharded.placed(K, data, model))
 
 
+@pytest.mark.xdist_group(EVICTING)
 @pytest.mark.parametrize(("K", "data", "model"), MESHES[::3])
 def test_eviction_on_other_meshes(K, data, model):
     check_equal(K, EVICTING, sharded.placed(K, data, model))
 
 
-@pytest.mark.parametrize("name", [EVICTING, CROSSING])
+@pytest.mark.parametrize("name", sharded.named(EVICTING, CROSSING))
 def test_heads_that_do_not_divide(name):
     """3 kv heads on model=2: heads are whole on every device, feed-forward and vocabulary are split."""
     m = sharded.placed(3, 2, 2)

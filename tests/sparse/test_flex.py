@@ -1,6 +1,7 @@
 """FlexPrefill against its oracle: which heads are query-aware, which blocks and rows are read, and what comes out."""
 
 import itertools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,16 @@ def prompt(sharp: float):
     order = np.where(np.arange(S) < np.asarray(LENGTHS)[:, None], np.arange(S), EMPTY).astype(np.int32)
     ask = Flow(jnp.zeros((B, S, 1)), *(jnp.asarray(order),) * 3)
     return Rows(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), jnp.asarray(order), ask, jnp.asarray(LENGTHS), 0)
+
+
+@partial(jax.jit, static_argnums=0)
+def chosen(pattern, rows):
+    return pattern.choose(rows, HERE)
+
+
+@partial(jax.jit, static_argnums=0)
+def outputs(pattern, rows, reading):
+    return read_blocks(pattern, rows, reading, HERE)[0]
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +76,8 @@ def naive(rows, b, h, t, read):
 def test_heads_blocks_and_outputs_equal_the_oracle(rows, gamma):
     tau = tau_between(rows)
     pattern = sparse.flexprefill(gamma, tau, LARGE, LARGE, 0, R)
-    reading = jax.jit(lambda: pattern.choose(rows, HERE))()
-    out = np.asarray(jax.jit(lambda: read_blocks(pattern, rows, reading, HERE)[0])())
+    reading = chosen(pattern, rows)
+    out = np.asarray(outputs(pattern, rows, reading))
     kinds = set()
     for b, h in HEADS:
         wanted = oracle(rows, b, h, gamma, tau)
@@ -83,14 +94,14 @@ def test_heads_blocks_and_outputs_equal_the_oracle(rows, gamma):
 
 
 def test_more_gamma_reads_more(rows):
-    counts = [sparse.flexprefill(g, 0.5, LARGE, LARGE, 0, R).choose(rows, HERE).count_BKQ.sum() for g in (0.3, 0.6, 0.9, 1.0)]
+    counts = [int(chosen(sparse.flexprefill(g, 0.5, LARGE, LARGE, 0, R), rows).count_BKQ.sum()) for g in (0.3, 0.6, 0.9, 1.0)]
     assert counts == sorted(counts) and counts[0] < counts[-1]
 
 
 @pytest.mark.parametrize("tau", [0.0, 9.0], ids=["columns and diagonals", "query-aware"])
 def test_bounds_hold_and_keep_the_heaviest(rows, tau):
     """With room for three blocks a block of queries reads the first, its own, and the heaviest of the others that it wants."""
-    few, all_of_them = (sparse.flexprefill(0.9, tau, most, 5, 0, R).choose(rows, HERE) for most in (3, LARGE))
+    few, all_of_them = (chosen(sparse.flexprefill(0.9, tau, most, 5, 0, R), rows) for most in (3, LARGE))
     assert few.row_BKM is not None and few.block_BKQM.shape[-1] == 3 and few.row_BKM.shape[-1] == 5
     pattern = sparse.flexprefill(0.9, tau, 3, 5, 0, R)
     for b, h in HEADS:
@@ -105,13 +116,13 @@ def test_bounds_hold_and_keep_the_heaviest(rows, tau):
         assert len(read) < S
         spoiled[0, h, [row for row in range(S) if row not in read]] = np.nan
     values = (rows.v_BKSH, jnp.asarray(spoiled))
-    clean, poisoned = (read_blocks(pattern, rows.replace(v_BKSH=v), few, HERE)[0][0, last * R :] for v in values)
+    clean, poisoned = (outputs(pattern, rows.replace(v_BKSH=v), few)[0, last * R :] for v in values)
     np.testing.assert_array_equal(clean, poisoned)
 
 
 def test_no_tau_makes_every_head_read_columns_and_diagonals(rows):
-    assert not np.asarray(sparse.flexprefill(tau=0.0, block=R).choose(rows, HERE).row_BKM == EMPTY).all(axis=-1).any()
-    assert np.asarray(sparse.flexprefill(tau=9.0, block=R).choose(rows, HERE).row_BKM == EMPTY).all()
+    assert not np.asarray(chosen(sparse.flexprefill(tau=0.0, block=R), rows).row_BKM == EMPTY).all(axis=-1).any()
+    assert np.asarray(chosen(sparse.flexprefill(tau=9.0, block=R), rows).row_BKM == EMPTY).all()
 
 
 @pytest.mark.parametrize("given", [{"gamma": 0.0}, {"gamma": 1.5}, {"tau": -1.0}, {"most": 1}, {"vertical": 0}], ids=str)

@@ -1,6 +1,7 @@
 """Sparse prefill against naive attention over sets of rows, written from each pattern's rule; and what is not read is not touched."""
 
 import itertools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +33,7 @@ def given():
     return 2 * q, k, v, order
 
 
+@partial(jax.jit, static_argnames=("pattern", "first"))
 def attended(pattern, q, k, v, order, first=0):
     """(out_BTNH, lse_BTN) of the queries from `first` on."""
     q, order_q = jnp.asarray(q[:, first:]), jnp.asarray(order[:, first:])
@@ -142,14 +144,15 @@ def test_blocks_that_are_not_read_are_not_touched(name, given):
     pattern, last = CASES[name][0], S - R
     ask = Flow(jnp.zeros((B, S, 1)), *(jnp.asarray(order),) * 3)
     rows = Rows(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), jnp.asarray(order), ask, jnp.asarray(LENGTHS), 0)
-    reading = pattern.choose(rows, HERE)
+    reading = jax.jit(lambda rows: pattern.choose(rows, HERE))(rows)
     spoiled = np.array(v)
     for h in range(K):
         read = blocks(int(j) for j in reading.block_BKQM[0, h, -1] if j != EMPTY)
         read |= set() if reading.row_BKM is None else set(np.asarray(reading.row_BKM[0, h]).tolist())
         assert len(read) < S
         spoiled[0, h, [row for row in range(S) if row not in read]] = np.nan
-    clean, poisoned = (read_blocks(pattern, rows.replace(v_BKSH=jnp.asarray(x)), reading, HERE)[0][0, last:] for x in (v, spoiled))
+    outputs = jax.jit(lambda v: read_blocks(pattern, rows.replace(v_BKSH=v), reading, HERE)[0])
+    clean, poisoned = (outputs(x)[0, last:] for x in (v, spoiled))
     np.testing.assert_array_equal(clean, poisoned)
 
 

@@ -51,17 +51,19 @@ def test_rows_that_are_not_chosen_are_not_read(name, prompt):
     rng = np.random.default_rng(0)
     q = jnp.asarray(rng.normal(size=(2, 1, 4, 8)), jnp.float32)
     flow, _ = _flow(prompt)
-    page, _, _ = policy.selected(q, q, layer, flow, here)
-    read = np.concatenate([np.asarray(x) for x in policy.pages(layer.rows, page, policy.selector.size, flow, here)], axis=-1)
+    page, _, _ = jax.jit(lambda layer: policy.selected(q, q, layer, flow, here))(layer)
+    pages = jax.jit(lambda rows: policy.pages(rows, page, policy.selector.size, flow, here))(layer.rows)
+    read = np.concatenate([np.asarray(x) for x in pages], axis=-1)
     slots = np.asarray(slots_in(jnp.asarray(read), policy.selector.size, layer.rows.capacity))[:, :, 0]
-    out = np.asarray(policy.read(q, q, layer.rows, page, policy.selector.size, flow, here))
+    outputs = jax.jit(lambda rows: policy.read(q, q, rows, page, policy.selector.size, flow, here))
+    out = np.asarray(outputs(layer.rows))
     for b, k in ((0, 0), (1, 1)):
         chosen = sorted({int(s) for s in slots[b, k] if s >= 0})
         others = np.setdiff1d(np.arange(layer.rows.capacity), chosen)
         assert 0 < len(chosen) < 0.5 * LENGTH
         for rows, same in ((others, True), (chosen[:1], False)):
             rows_bk = layer.rows.replace(v_BKCH=layer.rows.v_BKCH.at[b, k, jnp.asarray(rows)].add(1e3))
-            again = np.asarray(policy.read(q, q, rows_bk, page, policy.selector.size, flow, here))
+            again = np.asarray(outputs(rows_bk))
             assert np.allclose(out, again) == same
 
 

@@ -75,11 +75,12 @@ def timed(f: Callable[..., Any], *args: Any) -> Timer:
     return run
 
 
-def interleave(timers: Mapping[str, Timer], rounds: int, what: str = "") -> dict[str, list[float]]:
-    """Seconds of each timer in each round. One round before is not counted, and each round starts with another timer."""
+def interleave(timers: Mapping[str, Timer], rounds: int, what: str = "", warm: bool = True) -> dict[str, list[float]]:
+    """Seconds of each timer in each round. With `warm`, one round before is not counted. Each round starts with
+    another timer."""
     names, seconds = list(timers), {name: [] for name in timers}
-    with tqdm(total=(rounds + 1) * len(names), desc=what, disable=None, leave=False) as bar:
-        for i in range(-1, rounds):
+    with tqdm(total=(rounds + warm) * len(names), desc=what, disable=None, leave=False) as bar:
+        for i in range(-1 if warm else 0, rounds):
             turn = max(i, 0) % len(names)
             for name in names[turn:] + names[:turn]:
                 took = timers[name]()

@@ -35,7 +35,9 @@ STDLIB_FILES = (
     "textwrap.py",
 )
 """Files of the standard library that Python 3.11 to 3.14 all have, in the order they are read."""
-PROMPT_KINDS = ("prose", "code", "chat", "copy")
+PROMPT_KINDS = ("prose", "code", "chat", "copy", "summarise")
+COPY_HEAVY = 0.7
+"""The share of its 8-grams that a continuation must have from its prompt, for the prompt to be one of `copy_heavy`."""
 
 _TEXT = pathlib.Path(__file__).parent / "text"
 _ABBREVIATIONS = frozenset({"Mr.", "Mrs.", "Dr.", "St.", "No.", "Vol.", "Esq."})
@@ -47,13 +49,21 @@ _SENTENCE_END = re.compile(r"[.!?][\"')]*\s+(?=[\"'(]*[A-Z])")
 class Prompt:
     """One short everyday prompt.
 
-    text: at most 128 tokens of SmolLM2's tokenizer. For kind 'chat' it is what the user says, to be put into the
-    model's chat template by the caller; the other kinds are plain text to continue.
+    text: at most 128 tokens of SmolLM2's tokenizer. For kinds 'chat' and 'summarise' it is what the user says, to be put into
+    the model's chat template by the caller; the other kinds are plain text to continue.
     kind: one of `PROMPT_KINDS`; 'copy' prompts can be answered by repeating parts of themselves.
+    copied: of a 'copy' prompt, the share of the 8-grams of SmolLM2's continuation that stand in the prompt, as
+    experiments/copy_heavy.py measured it; None for the other kinds.
     """
 
     text: str
     kind: str
+    copied: float | None = None
+
+    @property
+    def said(self) -> bool:
+        """Whether it is what a user says to a chat model."""
+        return self.kind in ("chat", "summarise")
 
 
 def text(source: str = PROSE) -> str:
@@ -94,7 +104,12 @@ def prompts(kind: str | None = None) -> tuple[Prompt, ...]:
     rows = json.loads((_TEXT / "prompts.json").read_text(encoding="utf-8"))
     if kind is not None and kind not in PROMPT_KINDS:
         raise UserError(f"unknown prompt kind {kind!r}; {nearest(kind, PROMPT_KINDS)}")
-    return tuple(Prompt(row["text"], row["kind"]) for row in rows if kind in (None, row["kind"]))
+    return tuple(Prompt(row["text"], row["kind"], row.get("copied")) for row in rows if kind in (None, row["kind"]))
+
+
+def copy_heavy() -> tuple[Prompt, ...]:
+    """Return the 'copy' prompts whose continuation is mostly copied from them: at least `COPY_HEAVY` of its 8-grams."""
+    return tuple(prompt for prompt in prompts("copy") if (prompt.copied or 0) >= COPY_HEAVY)
 
 
 def _read(path: pathlib.Path) -> str:

@@ -23,11 +23,13 @@ class Draft(struct.PyTreeNode):
     """A tree of W nodes. Node 0 is the last token (certain to be right); parents come before their children.
 
     parent_BW[b, 0] = 0. Nodes with valid False do not exist. What only some drafters have:
-    logq_BWV: the warped log-law that each node's token was drawn from, given its parent; None where tokens were not drawn.
+    logq_BWV: the warped log-law that each node's token was drawn from, given its parent and the siblings before it; None where tokens
+    were not drawn. Whether a drawn node exists may hang on those and on its law, not on its own token.
     Nodes that look ahead: scout_BW marks those that are never accepted; sees_BWW[b, i, j] says that node i reads node j, and depth_BW
     how far each stands behind the root, where neither follows from parents.
     embed_BWD: what enters the network in the place of the nodes' embeddings, x_BWD: what left layer `below - 1`, where the drafter ran the
     layers below `below` for all nodes as the pass would. moved: layers that the drafter ran, which took in what was accepted before.
+    taps_BWD: what left those of the layers below `below` that `Drafter.taps` names.
     """
 
     tokens_BW: jax.Array
@@ -39,6 +41,7 @@ class Draft(struct.PyTreeNode):
     depth_BW: jax.Array | None = None
     embed_BWD: jax.Array | None = None
     x_BWD: jax.Array | None = None
+    taps_BWD: dict[int, jax.Array] | None = None
     below: int = struct.field(pytree_node=False, default=0)
     moved: tuple[int, ...] = struct.field(pytree_node=False, default=())
 
@@ -89,6 +92,21 @@ class Drafter:
     @property
     def depth(self) -> int:
         raise NotImplementedError
+
+    @property
+    def drawn(self) -> bool:
+        """Whether its tokens are drawn from laws it tells (`Draft.logq_BWV`)."""
+        return False
+
+    @property
+    def distinct(self) -> bool:
+        """Whether it draws siblings without replacement, so that a later one's law depends on those before it."""
+        return False
+
+    @property
+    def chain(self) -> bool:
+        """Whether no node has two children."""
+        return self.nodes == self.depth + 1
 
     def check(self, m: Model) -> None:
         """Raise UserError when the drafter does not fit the model."""

@@ -92,7 +92,7 @@ def verify(
     logits = unembed(params, cfg, flow.x_BTD)
     path, emitted, count = drafter.rule.judge(draft, logits, place + 1, s.key_B, how, drafter.depth)
     count = cut(s, emitted, count, vacancy(policy, layers), eos)
-    state = drafter.observe(s.drafter, draft, Result(logits, path, emitted, count, taps))
+    state = drafter.observe(s.drafter, draft, Result(logits, path, emitted, count, {**(draft.taps_BWD or {}), **taps}))
     return advance(s, layers, path, emitted, count, state, eos)
 
 
@@ -136,6 +136,7 @@ def advance(s: Decoding, layers, path, emitted, count, drafter_state, eos) -> De
     tokens = jax.vmap(lambda t, i, e: t.at[i].set(e, mode="drop"))(s.tokens_BS, at, emitted)
     ended = (is_eos(emitted, eos) & (jnp.arange(W)[None] < count[:, None])).any(axis=1)
     made = s.made_B + count
+    path = jnp.pad(path, ((0, 0), (0, s.accepted.path_BW.shape[1] - W)))  # a draft narrower than the caches have room for
     return s.replace(
         layers=layers,
         tokens_BS=tokens,
@@ -167,15 +168,18 @@ def run(
 
 @partial(jax.jit, static_argnames=("cfg", "policy"), donate_argnames="s")
 def settle(params: Params, cfg: Config, s: Decoding, *, policy: Policy) -> Decoding:
-    """Move the rows that the last call accepted into their slots, so that certain rows (the next question) may follow.
+    """Move the rows that the last call accepted into their slots, so that certain rows (the next question) may follow. The last token of
+    the text has no row yet; what follows starts with it."""
+    return settle_rows(params, cfg, s, policy)
 
-    A draft call without rows: every policy commits, scores and evicts in it as it always does. The last token of the text has no
-    row yet; what follows starts with it.
-    """
+
+def settle_rows(params: Params, cfg: Config, s: Decoding, policy: Policy) -> Decoding:
+    """`settle` inside a jitted function. A draft call whose one row is not there: every policy commits, scores and evicts in it as it
+    always does."""
     B, W = s.accepted.path_BW.shape
     if W == 1:  # plain decoding has nothing pending
         return s
-    nobody = jnp.full((B, W), EMPTY, jnp.int32)
-    flow = embed(params, cfg, jnp.zeros((B, W), jnp.int32), nobody).replace(among_BTW=jnp.zeros((B, W, W), bool))
+    nobody = jnp.full((B, 1), EMPTY, jnp.int32)
+    flow = embed(params, cfg, nobody, nobody).replace(among_BTW=jnp.zeros((B, 1, 1), bool))
     _, layers, _ = stack(params, cfg, flow, s.layers, policy=policy, accepted=s.accepted)
     return s.replace(layers=layers, accepted=Accepted.nothing(B, W))

@@ -44,7 +44,8 @@ class Rule:
 @dataclass(frozen=True)
 class Coupled(Rule):
     """A node is right when it carries the token that the target draws at its parent (decode/sample.py). Whatever the draft is, the text is
-    the one of plain decoding. Drafts drawn with the same noise are right as often as the two laws overlap, or more."""
+    the one of plain decoding. Drafts drawn with the same noise (`draw_draft`) are right with probability (1 - TV) / (1 + TV)
+    or more, TV being the distance of the two laws."""
 
     same: ClassVar[bool] = True
 

@@ -34,17 +34,20 @@ def walk(draft: Draft, target_BW: jax.Array, depth: int) -> tuple[jax.Array, jax
 
 def longest(parent: jax.Array, right_BW: jax.Array, depth: int) -> tuple[jax.Array, jax.Array]:
     """(path_BW, count_B) of the deepest node that is right together with all above it; the first of several."""
-    W = parent.shape[1]
     right = right_BW.at[:, 0].set(True)
     for _ in range(depth):
         right = right & jnp.take_along_axis(right, parent, axis=1)
     level, _ = shape_of(parent, depth)
     end = jnp.argmax(jnp.where(right, level, -1), axis=1)  # equal siblings: the first
-    count = jnp.take_along_axis(level, end[:, None], axis=1)[:, 0] + 1
-    up = [end]
+    return path_to(parent, end, jnp.take_along_axis(level, end[:, None], axis=1)[:, 0] + 1, depth)
+
+
+def path_to(parent: jax.Array, end_B: jax.Array, count_B: jax.Array, depth: int) -> tuple[jax.Array, jax.Array]:
+    """(path_BW, count_B) from the root to a node that stands count - 1 below it."""
+    W = parent.shape[1]
+    up = [end_B]
     for _ in range(depth):
         up.append(jnp.take_along_axis(parent, up[-1][:, None], axis=1)[:, 0])
     up_BU = jnp.stack(up, axis=1)  # the end first, then upwards; the root repeats
-    step = jnp.clip(count[:, None] - 1 - jnp.arange(W)[None], 0, depth)
-    return jnp.take_along_axis(up_BU, step, axis=1).astype(jnp.int32), count.astype(jnp.int32)
-
+    step = jnp.clip(count_B[:, None] - 1 - jnp.arange(W)[None], 0, depth)
+    return jnp.take_along_axis(up_BU, step, axis=1).astype(jnp.int32), count_B.astype(jnp.int32)

@@ -67,10 +67,11 @@ def settled(rows: Sequence[Line], model: str) -> tuple[Line, ...]:
     """The rows under what is calibrated for this model, where something is; each says in `calibrated` whether it is."""
     name = calibration.name_of(model)
     found = calibration.read(name)
-    return tuple(_settled(row, find(row.method), found, name) for row in rows)
+    return tuple(settled_row(row, find(row.method), found, name) for row in rows)
 
 
-def _settled(row: Line, listed: Method, found: Calibration | None, model: str) -> Line:
+def settled_row(row: Any, listed: Method, found: Calibration | None, model: str) -> Any:
+    """One row, of a kind that has the fields `method`, `calibrated` and that of the method's part."""
     if not listed.calibrates or row.calibrated is False:
         return row
     part = calibration.calibrated(listed, getattr(row, listed.part), found)

@@ -36,19 +36,24 @@ def fetch(x: jax.Array) -> jax.Array:
     return jax.device_put(x, x.sharding.with_memory_kind(next(iter(x.devices())).default_memory().kind))
 
 
-def rows_from_host(x_BKSH: jax.Array, index_BKM: jax.Array) -> jax.Array:
-    """(B, K, M, H): the rows of each head with these indices (all in range), from host memory into the device's."""
+def rows_from_host(x_BKSH: Any, index_BKM: jax.Array, size: int = 1) -> Any:
+    """(B, K, M * size, H): the rows of each head with these indices, and the size - 1 behind each (all in range), from host memory into
+    the device's. Of a tree of such arrays the same rows of each."""
     numbers = jax.lax.GatherDimensionNumbers(
-        offset_dims=(3,), collapsed_slice_dims=(2,), start_index_map=(2,), operand_batching_dims=(0, 1), start_indices_batching_dims=(0, 1)
+        offset_dims=(3, 4), collapsed_slice_dims=(), start_index_map=(2,), operand_batching_dims=(0, 1), start_indices_batching_dims=(0, 1)
     )
+
+    def rows(x, i):
+        found = jax.lax.gather(x, i, numbers, (1, 1, size, x.shape[-1]), mode=jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS)
+        return found.reshape(*found.shape[:2], -1, found.shape[-1])
 
     @compute_on("device_host")
     @jax.jit
-    def gather(x, i):
-        return jax.lax.gather(x, i, numbers, (1, 1, 1, x.shape[-1]), mode=jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS)
+    def gather(tree, i):
+        return jax.tree.map(lambda x: rows(x, i), tree)
 
     space = jax.memory.Space
-    there = jax.device_put(x_BKSH, space.Host), jax.device_put(index_BKM[..., None], space.Host)
+    there = jax.device_put((x_BKSH, index_BKM[..., None]), space.Host)
     return jax.device_put(gather(*there), space.Device)
 
 

@@ -30,6 +30,7 @@ from tokeff.kv.score_keys import KeyDifference, KeyNorm, Lag, Unrepeated
 from tokeff.kv.shadow import ShadowKV
 from tokeff.kv.shared import SharedPrefix
 from tokeff.kv.similar import Similar
+from tokeff.kv.sparse_window import SparseWindow
 from tokeff.kv.streaming import LambdaShaped, Streaming
 from tokeff.kv.thin import Thin
 
@@ -107,14 +108,22 @@ def a2sf(budget: Budget = 0.125, factor: float = 0.95, recent: int = 16, evict: 
     return Keep(budget, Mass(factor), recent=recent, evict=evict)
 
 
-def alisa(budget: Budget = 0.125, steps: int = 16, recent: float = 0.5, evict: int = 1) -> Keep:
+def alisa(
+    budget: Budget = 0.125, steps: int = 16, recent: float = 0.5, evict: int = 1, host: bool = False
+) -> Keep | SparseWindow:
     """ALISA's sparse window attention (Zhao et al. 2024, alg. 1): half the budget recent, half what the last `steps` queries looked at.
 
     Our reading: the sum over the last steps is geometric weights of the same sum, as in `rkv`, and a row that was left out is gone, where
-    the paper may fetch it again. Its scheduler between devices is not part of this.
+    the paper may fetch it again. host: nothing is gone; the prompt's rows lie in host memory, the sum is exactly that over the last
+    `steps` queries, and a row comes back when it is largest again. A row that is left out gets no attention, so that happens within
+    `steps` queries of its leaving. Of the paper's scheduler nothing but that is part of this.
     """
     if steps < 1:
         raise UserError(f"steps {steps} looks at no query; give at least 1")
+    if host and evict != 1:
+        raise UserError(f"evict={evict} has no meaning where nothing is evicted; leave it at 1 with host=True")
+    if host:
+        return SparseWindow(budget, steps, recent)
     return Keep(budget, Mass(1 - 1 / steps), recent=recent, evict=evict)
 
 

@@ -1,6 +1,7 @@
 """Figures an experiment may ask for. Plain choices; `tokeff.report.plots` draws them."""
 
 import dataclasses
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,4 +45,28 @@ class Curves:
     """Larger is better."""
 
 
-Figure = Scatter | Lines | Bars | Curves
+@dataclasses.dataclass(frozen=True)
+class Panels:
+    """A panel for each value of `by`: a bar of `y` for each row, or with `x` a line a method. Rows without the values `at` are left out."""
+
+    y: str
+    by: str
+    title: str = ""
+    x: str | None = None
+    level: float | None = None
+    """Where to draw a dashed line: what it takes to gain anything."""
+    at: tuple[tuple[str, Any], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Payoff:
+    """What a pass over more rows costs, as a curve, and what drafters get for it, as points; a panel for each prompt class.
+
+    From columns `nodes`, `tn`, `mat`, `break_even`, `class` and `on`, T(n)/T(1) of other machines by name (evals/drafting.py).
+    """
+
+    title: str = ""
+    at: tuple[tuple[str, Any], ...] = ()
+
+
+Figure = Scatter | Lines | Bars | Curves | Panels | Payoff

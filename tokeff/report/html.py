@@ -93,7 +93,7 @@ def facts(rows: Sequence[dict[str, Any]]) -> list[Fact]:
     rows = [row for row in rows if (number(row.get("context")) or 0.0) == longest]
     full = next((row for row in rows if is_method(row, "full")), {})
     compared = [row for row in rows if row.get("family") != "baseline"]
-    found = [_full(full), _closest(compared), _smallest(compared), _fastest(compared, full), _weak(compared)]
+    found = [_full(full), _closest(compared), _smallest(compared), _fastest(compared, full), _weak(compared), *_drafts(compared)]
     return [fact for fact in found if fact is not None]
 
 
@@ -147,6 +147,21 @@ def _weak(rows: Sequence[dict[str, Any]]) -> Fact | None:
     weak = list(dict.fromkeys(clean(row["method"]) for row in judged if not row["beats_random"]))
     return Fact(f"{len(weak)} of {len({row['method'] for row in judged})}", f"methods marked {NOT_BETTER}",
                 ", ".join(weak) or "all beat random rows at the same budget") if judged else None  # fmt: skip
+
+
+def _drafts(rows: Sequence[dict[str, Any]]) -> list[Fact]:
+    """Return where drafting paid by the clock, and the most tokens that a pass committed."""
+    rows = [row for row in rows if number(row.get("mat")) is not None and row.get("exact")]
+    if not rows:
+        return []
+    fast, far = (max(rows, key=lambda row: number(row.get(name)) or 0.0) for name in ("of_dense", "mat"))
+    paid = {row["method"] for row in rows if (number(row["of_dense"]) or 0.0) > 1}
+    where = (f"on {clean(row.get('class'))} prompts, batch size {row.get('batch')}" for row in (fast, far))
+    return [
+        Fact(f"{fast['of_dense']:.2f}x", f"speed of {clean(fast['method'])}, the most that an exact drafter gained", next(where)),
+        Fact(f"{far['mat']:.2f}", f"tokens a pass by {clean(far['method'])}", next(where)),
+        Fact(f"{len(paid)} of {len({row['method'] for row in rows})}", "drafters were faster than plain decoding on some prompts"),
+    ]
 
 
 def _least(rows: Sequence[dict[str, Any]], name: str) -> dict[str, Any] | None:

@@ -14,8 +14,10 @@ from matplotlib.ticker import FuncFormatter, PercentFormatter, ScalarFormatter
 
 from tokeff.report import labels
 from tokeff.report.curves import draw_curves
-from tokeff.report.figures import Bars, Curves, Figure, Lines, Scatter
+from tokeff.report.figures import Bars, Curves, Figure, Lines, Panels, Payoff, Scatter
 from tokeff.report.kept import Kept
+from tokeff.report.panels import draw_panels
+from tokeff.report.payoff import draw_payoff
 from tokeff.report.table import clean, interval, is_method, number
 
 FAMILIES = {
@@ -37,6 +39,9 @@ AXES = {
     "top1_agree": "next token agrees with the full cache (higher is better)",
     "decode_tok_s": "tokens decoded a second",
     "tokens_per_pass": "tokens committed by one forward pass",
+    "mat": "tokens committed by one pass (MAT)",
+    "of_dense": "speed / dense decoding's",
+    "batch": "batch size",
     "prefill_s": "prefill, seconds",
     "context": "context, tokens",
 }
@@ -82,6 +87,12 @@ def draw(rows: Sequence[dict[str, Any]], figure: Figure) -> Image | None:
         case Curves():
             drawing = draw_curves(_having(rows, figure.x, figure.y), figure, AXES, PERCENT)
             return drawing and _image(drawing, f"{figure.y}-{figure.x}-curves", figure.title, wide=True)
+        case Panels():
+            drawing = draw_panels(_having(rows, figure.y, *([figure.x] if figure.x else [])), figure, AXES)
+            return drawing and _image(drawing, f"{figure.y}-{figure.x or 'bars'}-by-{figure.by}", figure.title, wide=True)
+        case Payoff():
+            drawing = draw_payoff(rows, figure)
+            return drawing and _image(drawing, "payoff", figure.title, wide=True)
 
 
 def _having(rows: Sequence[dict[str, Any]], *names: str) -> list[dict[str, Any]]:
@@ -122,7 +133,7 @@ def _scatter(rows: list[dict[str, Any]], figure: Scatter) -> Image | None:
         _points(panel, some, figure)
         if length:
             panel.set_title(f"context {length:g} tokens", fontsize=9.5, fontweight="normal", color="#555555")
-    drawing.canvas.draw()  # labels are placed in pixels, once no panel moves any more
+    drawing.draw_without_rendering()  # labels are placed in pixels, once no panel moves any more
     for panel, some in zip(panels, here):
         _names(panel, some, figure)
     title = figure.title or f"{figure.y} against {figure.x}"
@@ -205,13 +216,13 @@ def _lines(rows: list[dict[str, Any]], figure: Lines) -> Image | None:
     panel.xaxis.set_major_formatter(ScalarFormatter())
     panel.minorticks_off()
     _legend(panel, rows)
+    drawing.draw_without_rendering()
     _end_labels(panel, ends)
     return _image(drawing, f"{figure.y}-{figure.x}", figure.title or f"{figure.y} against {figure.x}")
 
 
 def _end_labels(panel: Axes, ends: list[tuple[float, float, str, str]], size: float = 8.5) -> None:
-    """Name the lines in a column to the right of the axes, spread so that no two names touch."""
-    panel.figure.canvas.draw()
+    """Name the lines in a column to the right of the axes, spread so that no two names touch. Layout comes first."""
     height = panel.get_window_extent().height
     to_share = panel.transData + panel.transAxes.inverted()
     at = [to_share.transform((x, y)) for x, y, _, _ in ends]
@@ -223,7 +234,7 @@ def _end_labels(panel: Axes, ends: list[tuple[float, float, str, str]], size: fl
 
 
 def _bars(rows: list[dict[str, Any]], figure: Bars) -> Image | None:
-    """Draw a bar a row at the longest context, with its value written at its end."""
+    """Draw a bar a row at the longest context, with its value written at its end: to the left of it below zero."""
     if not rows:
         return None
     longest = max(number(row.get("context")) or 0 for row in rows)
@@ -234,9 +245,11 @@ def _bars(rows: list[dict[str, Any]], figure: Bars) -> Image | None:
     reach = np.concatenate([_reach(row, figure.y) for row in rows], axis=1)
     panel.barh(range(len(rows)), values, color=[_look(row)[0] for row in rows], alpha=0.85, height=0.68,
                xerr=reach if reach.any() else None, ecolor="#333333", error_kw={"linewidth": 0.8})  # fmt: skip
-    right = float(max(values.max(), (values + reach[1]).max(), 0)) or 1.0
-    for i, (value, above) in enumerate(zip(values, reach[1])):
-        panel.text(value + above + 0.01 * right, i, f"{value:.3g}", va="center", fontsize=8.5)
+    left, right = min(float((values - reach[0]).min()), 0.0), max(float((values + reach[1]).max()), 0.0)
+    span = right - left or 1.0
+    for i, (value, below, above) in enumerate(zip(values, *reach)):
+        end, side = (value - below - 0.01 * span, "right") if value < 0 else (value + above + 0.01 * span, "left")
+        panel.text(end, i, f"{value:.3g}", va="center", ha=side, fontsize=8.5)
     reference = next((v for row, v in zip(rows, values) if is_method(row, figure.reference)), None)
     if reference is not None:
         panel.axvline(reference, color="#333333", linewidth=0.9, linestyle=(0, (4, 3)), zorder=3)
@@ -244,7 +257,7 @@ def _bars(rows: list[dict[str, Any]], figure: Bars) -> Image | None:
     panel.invert_yaxis()
     panel.grid(axis="y", visible=False)
     panel.set_xlabel(AXES.get(figure.y, figure.y) + (f" (context {longest:g})" if longest else ""))
-    panel.set_xlim(0, 1.1 * right)
+    panel.set_xlim(left - 0.1 * span if left < 0 else 0.0, right + 0.1 * span)
     _legend(panel, rows)
     return _image(drawing, f"{figure.y}-bars", figure.title or figure.y)
 

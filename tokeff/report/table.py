@@ -169,6 +169,8 @@ COLUMNS = (
     Column("family", "family", plain, right=False),
     Column("lossless", "output", yes_no, "lossless: gives the tokens of plain decoding; lossy: may not", right=False),
     Column("budget", "budget", budget, "budget: share of the full cache a row may hold, or read in one decode step"),
+    Column("class", "prompts", plain, right=False),
+    Column("batch", "batch", plain),
     Column("context", "context", plain),
     Column("needles_exact", "needles", count, "needles: answers with every token right when teacher-forced, of n"),
     Column("answer_logprob", "answer log p", significant, "answer log p: mean log-likelihood of the right answer"),
@@ -183,14 +185,23 @@ COLUMNS = (
     Column("peak", "peak", percent, "peak: memory of the compiled program / bytes of a full cache"),
     Column("prefill_s", "prefill", significant, "prefill: seconds, after warm-up"),
     Column("decode_tok_s", "tok/s", significant, "tok/s: tokens decoded a second, after warm-up"),
+    Column("nodes", "rows", plain, "rows: that one pass carries for a sequence, the last token and its drafts"),
+    Column("mat", "MAT", significant, "MAT: tokens that a pass of the target committed; plain decoding has 1"),
     Column("of_dense", "of dense", significant, "of dense: speed as a multiple of dense decoding's, the two timed in turns"),
     Column("of_floor", "of floor", significant, "of floor: speed as a share of what reading weights and cache once would allow"),
     Column("overhead_ms", "overhead ms", significant, "overhead ms: of a step, beyond one that reads as many rows and decides nothing"),
     Column("pays_from", "pays from", plain, "pays from: context from which a step beats dense decoding (straight lines; >n: not up to n)"),
+    Column("tn", "T(n)/T(1)", significant, "T(n)/T(1): seconds of a pass over so many rows by those of one row, drafts wrong"),
+    Column("draft_ms", "draft ms", significant, "draft ms: of a pass beyond T(n); below zero where drafting does a part of the pass"),
+    Column("break_even", "break-even", significant, "break-even: MAT - draft/T(1), the T(n)/T(1) below which drafting pays"),
+    Column("expected", "expected", significant, "expected: MAT / (T(n)/T(1) + draft/T(1)), what of dense should be"),
+    Column("pays_on", "pays on", plain, "pays on: machines whose T(n)/T(1) is below break-even, by arithmetic on bytes and peak rates"),
+    Column("exact", "exact", flag, "exact: every text is plain decoding's; one may end where its two best logits are closer than 0.001"),
     Column("tokens_per_pass", "tok/pass", significant, "tok/pass: tokens committed by one forward pass"),
     Column("note", "note", remark, right=False),
 )
-_BRIEF = ("method", "context", "needles_exact", "kl", "held", "read", "decode_tok_s", "tokens_per_pass", "note")
+_BRIEF = ("method", "class", "batch", "context", "needles_exact", "kl", "held", "read", "decode_tok_s", "mat", "of_dense", "tn",
+          "break_even", "exact", "tokens_per_pass", "note")  # fmt: skip
 BRIEF = tuple(column for column in COLUMNS if column.name in _BRIEF)
 """The columns that fit a terminal."""
 

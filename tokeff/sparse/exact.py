@@ -26,7 +26,7 @@ class TopScores(Exact):
     """The rows with the largest raw q.k, summed over the query heads of a kv head (TidalDecode, Yang et al. 2024, sec. 3.2)."""
 
     def worth(self, q_BTNH: jax.Array, layer: Readable, open_BKTP: jax.Array, here: Here) -> jax.Array:
-        return scores(q_BTNH, layer.rows.k_BKCH, here.cfg.scale, here.cfg.softcap).sum(axis=2)
+        return scores(q_BTNH, layer.keys_BKCH, here.cfg.scale, here.cfg.softcap).sum(axis=2)
 
 
 def log_shares(logits_BKGTC: jax.Array, open_BKTC: jax.Array) -> jax.Array:
@@ -49,7 +49,7 @@ class TopMass(Exact):
             raise UserError(f"p={self.p} is not a share of the attention; give a fraction in (0, 1]")
 
     def worth(self, q_BTNH: jax.Array, layer: Readable, open_BKTP: jax.Array, here: Here) -> jax.Array:
-        logits = scores(q_BTNH, layer.rows.k_BKCH, here.cfg.scale, here.cfg.softcap)
+        logits = scores(q_BTNH, layer.keys_BKCH, here.cfg.scale, here.cfg.softcap)
         return jax.nn.logsumexp(log_shares(logits, open_BKTP), axis=2)
 
     def choose(self, q_BTNH: jax.Array, layer: Readable, span: Span, here: Here) -> jax.Array:
@@ -69,5 +69,5 @@ class Vote(Exact):
     sec. 4.2). As published q.k is not divided by sqrt(H), which sharpens the votes. Query head n meets kv head n // G."""
 
     def worth(self, q_BTNH: jax.Array, layer: Readable, open_BKTP: jax.Array, here: Here) -> jax.Array:
-        votes = log_shares(scores(q_BTNH, layer.rows.k_BKCH, 1.0, 0.0), open_BKTP)
+        votes = log_shares(scores(q_BTNH, layer.keys_BKCH, 1.0, 0.0), open_BKTP)
         return jnp.broadcast_to(jax.nn.logsumexp(votes, axis=(1, 2))[:, None], open_BKTP.shape)

@@ -61,7 +61,7 @@ class Halving(Selector):
         first = jnp.maximum(chunk_BKTP * size, span.first * self.page)
         last = jnp.minimum((chunk_BKTP + 1) * size, span.end_BKT[..., None] * self.page) - 1
         slot = jnp.clip(jnp.stack([first, last], axis=-1), 0, rows.capacity - 1).reshape(*shape[:2], -1)
-        key = take_rows(rows.k_BKCH, slot).reshape(*shape, 2, -1)
+        key = take_rows(layer.keys_BKCH, slot).reshape(*shape, 2, -1)
         worth = jnp.einsum("btkh,bktpeh->bktpe", q_BTKH, key, preferred_element_type=jnp.float32).max(axis=-1)
         newest = jnp.take_along_axis(rows.order_BKC, slot, axis=2).reshape(*shape, 2)[..., 1]
         seen = (chunk_BKTP != EMPTY) & (first <= last) & (newest >= span.lo_BT[:, None, :, None]) & ~jnp.isnan(worth)

@@ -11,14 +11,16 @@ from flax import struct
 from tokeff.errors import UserError
 from tokeff.kernels import merge
 from tokeff.kv.cache import Rows, per_head, take_rows
+from tokeff.kv.hosted import Store, near_at
 from tokeff.kv.keep import numbers
 from tokeff.kv.policy import Ask, Prefilled, pad_slots
 from tokeff.kv.read import read_draft
 from tokeff.models.attention import scores
 from tokeff.models.flow import EMPTY, Flow, Here
 from tokeff.sharding import top_k
-from tokeff.sparse.read import Read, gather_read
-from tokeff.sparse.select import Readable, Selector, check_page, in_pages, slots_in
+from tokeff.sparse.gather import read_few
+from tokeff.sparse.read import Read
+from tokeff.sparse.select import Readable, Selector, check_page, in_pages
 
 
 class Known(struct.PyTreeNode):
@@ -60,12 +62,12 @@ class Representatives(Selector):
         key = here.rotate(take_rows(store.k_BKCH, slot), jnp.maximum(jnp.take_along_axis(store.order_BKC, slot, axis=2), 0), inverse=True)
         return Known(key.reshape(B, K, P, self.count, -1))
 
-    def arrive(self, summary: Known, store: Rows, slot_BT: jax.Array, here: Here) -> Known:
+    def arrive(self, summary: Known, store: Store, slot_BT: jax.Array, here: Here) -> Known:
         B, K, P, R, H = summary.key_BKPRH.shape
         slot = jnp.broadcast_to(slot_BT[:, None], (B, K, slot_BT.shape[1]))
         safe = jnp.maximum(slot, 0)
         order = jnp.take_along_axis(store.order_BKC, safe, axis=2)
-        key = here.rotate(take_rows(store.k_BKCH, safe), jnp.maximum(order, 0), inverse=True)
+        key = here.rotate(near_at(store, safe)[0], jnp.maximum(order, 0), inverse=True)
         nth = safe % self.page
         at = jnp.where((slot == EMPTY) | (nth >= R), P * R + jnp.arange(slot.shape[2]), safe // self.page * R + nth)
         put = per_head(lambda x, s, new: x.at[s].set(new, mode="drop", unique_indices=True))
@@ -86,11 +88,11 @@ class OneDistance(Read):
     def asking(self, q_BTNH: jax.Array, raw_BTNH: jax.Array, here: Here) -> jax.Array:
         return here.rotate(raw_BTNH, jnp.full(raw_BTNH.shape[:3], self.recent))
 
-    def read(self, q_BTNH, raw_BTNH, rows: Rows, chosen_BKTM: jax.Array, size: int, ask: Flow, here: Here) -> jax.Array:
+    def read(self, q_BTNH, raw_BTNH, rows: Store, chosen_BKTM: jax.Array, size: int, ask: Flow, here: Here) -> jax.Array:
         near, sinks, chosen = self.pages(rows, chosen_BKTM, size, ask, here)
-        far = slots_in(jnp.concatenate([sinks, chosen], axis=-1), size, rows.capacity)
-        out, lse = gather_read(q_BTNH, rows, slots_in(near, size, rows.capacity), ask, here)
-        out, lse = merge(out, lse, *gather_read(self.asking(q_BTNH, raw_BTNH, here), rows, far, ask, here, unrotated=True))
+        out, lse = read_few(q_BTNH, rows, near, chosen[..., :0], size, ask, here)
+        far = self.asking(q_BTNH, raw_BTNH, here)
+        out, lse = merge(out, lse, *read_few(far, rows, sinks, chosen, size, ask, here, unrotated=True))
         if ask.among_BTW is not None:
             out, lse = merge(out, lse, *read_draft(q_BTNH, rows.draft, ask, here))
         return out

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from flax import struct
 
 from tokeff.errors import UserError
-from tokeff.kv.cache import Rows, per_head, take_rows
+from tokeff.kv.cache import Rows, per_head
+from tokeff.kv.hosted import Store, near_at
 from tokeff.kv.policy import Prefilled
 from tokeff.models.attention import scores
 from tokeff.models.flow import EMPTY, Here
@@ -61,11 +62,11 @@ class Labels(Selector):
             channel = jnp.broadcast_to(jnp.asarray(self.channels, jnp.int32)[rows.index], (B, K, self.width(H)))
         return Labelled(jnp.take_along_axis(store.k_BKCH, channel[:, :, None], axis=3), channel)
 
-    def arrive(self, summary: Labelled, store: Rows, slot_BT: jax.Array, here: Here) -> Labelled:
+    def arrive(self, summary: Labelled, store: Store, slot_BT: jax.Array, here: Here) -> Labelled:
         B, K, C, _ = summary.label_BKCY.shape
         T = slot_BT.shape[1]
         slot = jnp.broadcast_to(slot_BT[:, None], (B, K, T))
-        label = jnp.take_along_axis(take_rows(store.k_BKCH, jnp.maximum(slot, 0)), summary.channel_BKY[:, :, None], axis=3)
+        label = jnp.take_along_axis(near_at(store, slot)[0], summary.channel_BKY[:, :, None], axis=3)
         slot = jnp.where(slot == EMPTY, C + jnp.arange(T), slot)
         put = per_head(lambda x, s, new: x.at[s].set(new, mode="drop", unique_indices=True))
         return summary.replace(label_BKCY=put(summary.label_BKCY, slot, label))

@@ -75,16 +75,18 @@ def kascade(
 
 
 def infllm(
-    budget: Budget = 0.125, page: int = 16, count: int = 2, sinks: int = 16, recent: int = 128, dense: tuple[int, ...] = ()
-) -> OneDistance:
+    budget: Budget = 0.125, page: int = 16, count: int = 2, sinks: int = 16, recent: int = 128, dense: tuple[int, ...] = (),
+    host: bool = False,
+) -> OneDistance:  # fmt: skip
     """InfLLM (Xiao et al. 2024): first rows, a window of recent ones, and the blocks whose representatives answer the query; all that
     is not recent stands at one distance.
 
-    One set of blocks for a layer, chosen for each query (in decoding the paper's execution block is one row). The prompt is read densely;
-    nothing is moved to another memory. `paper`: page=128, count=4, sinks=128, recent=4096 and 16 blocks, so budget=6400: recent rows
+    One set of blocks for a layer, chosen for each query (in decoding the paper's execution block is one row). The prompt is read densely.
+    host: the prompt's rows lie in host memory, as published, and the chosen blocks come over at every step; the paper keeps those it read
+    lately on the device. `paper`: page=128, count=4, sinks=128, recent=4096 and 16 blocks, so budget=6400: recent rows
     that begin inside a page take one page more.
     """
-    return OneDistance(budget, Representatives(page, count), dense, recent=recent, sinks=sinks)
+    return OneDistance(budget, Representatives(page, count), dense, recent=recent, sinks=sinks, host=host)
 
 
 def lserve(
@@ -141,16 +143,17 @@ def tokenselect(
 
 def sentencekv(
     budget: Budget = 0.125, factor: float = 3.0, ends: tuple[int, ...] | None = None, sinks: int = 8, recent: int = 16,
-    window: int = 32, kernel: int = 7, cell: int = 16, longest: int = 64,
+    window: int = 32, kernel: int = 7, cell: int = 16, longest: int = 64, host: bool = False,
 ) -> SentenceKV:  # fmt: skip
     """SentenceKV (Zhu et al. 2025): `factor` times the budget is kept as SnapKV would, and whole sentences of it are read.
 
     ends: the tokens that end a sentence; None takes those that `tokeff.sparse.sentences.sentence_ends` finds in the vocabulary. cell: of
-    the ends in so many places of the text the first counts, which bounds the number of sentences; longest: longer ones are split. The
-    paper moves what it does not read to other memory; here it counts as held. `paper`: budget=1024, sinks=32, recent=32, factor=3 (5 in
-    the code).
+    the ends in so many places of the text the first counts, which bounds the number of sentences; longest: longer ones are split.
+    host: the rows kept of the prompt lie in host memory, as published, and chosen sentences come over at every step. `paper`:
+    budget=1024, sinks=32, recent=32, factor=3 (5 in the code).
     """
-    return SentenceKV(budget, BySentence(Breaks(ends, cell, longest)), (), None, recent, sinks, factor=factor, window=window, kernel=kernel)
+    by = BySentence(Breaks(ends, cell, longest))
+    return SentenceKV(budget, by, (), None, recent, sinks, host=host, factor=factor, window=window, kernel=kernel)
 
 
 def top_k_oracle(budget: Budget = 0.125, dense: tuple[int, ...] = (), recent: int = 16) -> Read:

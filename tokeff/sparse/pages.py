@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from flax import struct
 
 from tokeff.errors import UserError
-from tokeff.kv.cache import Rows, per_head, take_rows
+from tokeff.kv.cache import Rows, per_head
+from tokeff.kv.hosted import Store, near_at
 from tokeff.kv.policy import Prefilled
 from tokeff.models.attention import scores
 from tokeff.models.flow import EMPTY, Here
@@ -60,10 +61,10 @@ class MinMax(Selector):
 
         return Bounds(chunks(most).min(axis=3), chunks(-most).max(axis=3))
 
-    def arrive(self, summary: Bounds, store: Rows, slot_BT: jax.Array, here: Here) -> Bounds:
+    def arrive(self, summary: Bounds, store: Store, slot_BT: jax.Array, here: Here) -> Bounds:
         B, K, P, _ = summary.low_BKPH.shape
         slot = jnp.broadcast_to(slot_BT[:, None], (B, K, slot_BT.shape[1]))
-        k, chunk = take_rows(store.k_BKCH, jnp.maximum(slot, 0)), jnp.where(slot == EMPTY, P, slot // self.rows)
+        k, chunk = near_at(store, slot)[0], jnp.where(slot == EMPTY, P, slot // self.rows)
         return Bounds(
             per_head(lambda x, p, k: x.at[p].min(k, mode="drop"))(summary.low_BKPH, chunk, k),
             per_head(lambda x, p, k: x.at[p].max(k, mode="drop"))(summary.high_BKPH, chunk, k),

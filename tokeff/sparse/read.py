@@ -11,13 +11,14 @@ import jax.numpy as jnp
 from tokeff.errors import UserError
 from tokeff.kernels import merge
 from tokeff.kv.budget import Budget, check_budget, most_rows, rows_of
-from tokeff.kv.cache import Room, Rows, take_rows, visible
+from tokeff.kv.cache import Room, Rows
 from tokeff.kv.coded import check_rule
 from tokeff.kv.evidence import Evidence
-from tokeff.kv.policy import Full, Policy, Prefilled, append, tree_bytes
-from tokeff.kv.read import read_draft, read_rows
-from tokeff.models.attention import combine, scores, softmax
+from tokeff.kv.hosted import Hosted, Store, append, on_host, row_bytes, slots_held, split
+from tokeff.kv.policy import Full, Policy, Prefilled, tree_bytes
+from tokeff.kv.read import read_draft
 from tokeff.models.flow import EMPTY, Accepted, Flow, Here
+from tokeff.sparse.gather import flat, orders_at, read_all, read_few
 from tokeff.sparse.reuse import Reuse
 from tokeff.sparse.select import Last, Readable, Selection, Selector, Span, pages_of, rows_upto, slots_in, slots_of
 
@@ -32,7 +33,8 @@ class Read(Full):
     otherwise it reads everything at the steps at which it selects. reuse: how many steps a selection is read for, None for one.
     heads: for every layer, whose selection each of its kv heads reads where another layer selected; None: that of the same number.
     streaming: for every layer, the kv heads that read nothing chosen; None: none do. within: what stays of the prompt, to be chosen from
-    (a `Keep` that does not evict); None for all of it.
+    (a `Keep` that does not evict); None for all of it. host: in layers that choose by a summary, or read what others chose, the rows lie
+    in host memory, and only chosen pages come over.
 
     Because the recent rows are always read, a draft whose depth is below `recent` sees exactly what one-row decoding would.
     """
@@ -48,6 +50,7 @@ class Read(Full):
     heads: tuple[tuple[int, ...], ...] | None = None
     streaming: tuple[tuple[int, ...], ...] | None = None
     within: Policy | None = None
+    host: bool = False
 
     def needs(self) -> tuple[Evidence, ...]:
         more = () if self.within is None else self.within.needs()
@@ -98,6 +101,8 @@ class Read(Full):
             self.within.check(cfg, length)
         if self.select and max(self.select) >= cfg.L:
             raise UserError(f"layer {max(self.select)} is to select and {cfg.name} has layers 0 to {cfg.L - 1}; give lower ones in select")
+        if self.host and not any(map(self.hosts, range(cfg.L))):
+            raise UserError(f"{type(self.selector).__name__} looks at all keys to choose, so none can stay in host memory; leave out host")
         readers = [i for i in range(cfg.L) if self.kind(i) == "read"]
         if readers and (not self.select or min(self.select) > readers[0]):
             raise UserError(f"layer {readers[0]} reads a selection no layer below it makes; add a lower layer to select")
@@ -127,6 +132,11 @@ class Read(Full):
             return "its lists name heads of the whole layer; leave out heads and streaming"
         return self.selector.by_head()
 
+    def hosts(self, layer: int) -> bool:
+        """Whether rows of this layer lie on the host: it reads few of them, and looks at none to choose."""
+        by_summary = type(self.selector).keys_read is Selector.keys_read and self.own
+        return self.host and (self.kind(layer) == "read" or (self.kind(layer) == "select" and by_summary))
+
     def squeeze(self, rows: Prefilled, here: Here) -> Prefilled:
         return rows if self.within is None else self.within.squeeze(rows, here)
 
@@ -138,16 +148,26 @@ class Read(Full):
         if self.whole:
             far = pages_of(store.capacity, self.selector.size)
             far_B = jnp.full_like(far_B, far)
-        far = max(far, 1)
-        if self.kind(here.layer) != "select":
-            return Readable(store, far_B, None, None, far)
-        last = None
-        if self.reuse is not None:
-            B, K, C = store.order_BKC.shape
-            M = min(far, pages_of(C, self.selector.size))
-            q = jnp.zeros((B, here.cfg.N, here.cfg.H), store.k_BKCH.dtype)
-            last = Last(jnp.full((B, K, M), EMPTY, jnp.int32), q, jnp.zeros(B, jnp.int32))
-        return Readable(store, far_B, self.selector.summary(rows, store, here), last, far)
+        far, most, summary, last = max(far, 1), rows.order_BKS.shape[2], None, None
+        if self.kind(here.layer) == "select":
+            summary = self.selector.summary(rows, store, here)
+            last = None if self.reuse is None else self.unused(store, far, here)
+        return Readable(self.laid(store, most, room, here), far_B, summary, last, far)
+
+    def unused(self, store: Rows, far: int, here: Here) -> Last:
+        """Before the first selection."""
+        B, K, C = store.order_BKC.shape
+        M = min(far, pages_of(C, self.selector.size))
+        q = jnp.zeros((B, here.cfg.N, here.cfg.H), store.k_BKCH.dtype)
+        return Last(jnp.full((B, K, M), EMPTY, jnp.int32), q, jnp.zeros(B, jnp.int32))
+
+    def laid(self, store: Rows, most: int, room: Room, here: Here) -> Store:
+        """The packed rows, at most so many in a sequence, where this layer has them."""
+        if not self.hosts(here.layer):
+            return store
+        R, first = self.selector.size, self.first * self.selector.size
+        edge_B = jnp.maximum((store.live_B - self.recent) // R * R, first)
+        return split(store, first, edge_B, max((most - self.recent) // R * R, first + R), self.recent + R + room.rows)
 
     def attend(self, q, k, v, ask: Flow, new: Flow, layer: Readable, accepted: Accepted | None, across, here: Here):
         raw = q
@@ -156,7 +176,7 @@ class Read(Full):
         layer = self.arrived(layer, append(layer.rows, k, v, new, accepted), most, here)
         rows, kind = layer.rows, self.kind(here.layer)
         if kind == "dense":
-            return read_rows(q, rows, ask, here), layer, across
+            return read_all(q, rows, ask, here), layer, across
         if kind == "read":
             order = across.order_BKTM if self.heads is None else across.order_BKTM[:, jnp.asarray(self.heads[here.layer])]
             slot = slots_of(rows.order_BKC, flat(order)).reshape(order.shape)
@@ -167,7 +187,7 @@ class Read(Full):
         few = partial(self.read, q, raw, rows, page, self.selector.size, ask, here)
         if self.own:
             return few(), layer, across
-        everything = partial(read_rows, q, rows, ask, here)
+        everything = partial(read_all, q, rows, ask, here)
         if self.reuse is None:
             return everything(), layer, across
         now = stale_B[:, None, None, None]
@@ -177,7 +197,7 @@ class Read(Full):
         """The queries that choose."""
         return q_BTNH
 
-    def arrived(self, layer: Readable, rows: Rows, most: int, here: Here) -> Readable:
+    def arrived(self, layer: Readable, rows: Store, most: int, here: Here) -> Readable:
         """The layer with rows that came in: at most so many, behind those that were there."""
         summary = layer.summary
         if summary is not None:
@@ -185,7 +205,7 @@ class Read(Full):
             summary = self.selector.arrive(summary, rows, jnp.where(slot < rows.live_B[:, None], slot, EMPTY), here)
         return layer.replace(rows=rows, summary=summary)
 
-    def nearest(self, rows: Rows, order_BT: jax.Array, ahead: int = 0) -> jax.Array:
+    def nearest(self, rows: Store, order_BT: jax.Array, ahead: int = 0) -> jax.Array:
         """page_BKT of the first page that is read for being recent, `ahead` rows from here."""
         return rows_upto(rows, order_BT + ahead - self.recent) // self.selector.size
 
@@ -206,11 +226,15 @@ class Read(Full):
         )
         return now.page_BKM[:, :, None], stale_B, layer.replace(last=now)
 
-    def read(self, q_BTNH, raw_BTNH, rows: Rows, chosen_BKTM: jax.Array, size: int, ask: Flow, here: Here) -> jax.Array:
-        """out_BTNH over the first rows, the last ones, and the chosen pages of `size` rows that are neither."""
-        return read_pages(q_BTNH, rows, jnp.concatenate(self.pages(rows, chosen_BKTM, size, ask, here), axis=-1), size, ask, here)
+    def read(self, q_BTNH, raw_BTNH, rows: Store, chosen_BKTM: jax.Array, size: int, ask: Flow, here: Here) -> jax.Array:
+        """out_BTNH over the first rows, the last ones, the chosen pages of `size` rows that are neither, and drafts."""
+        *sure, chosen = self.pages(rows, chosen_BKTM, size, ask, here)
+        out, lse = read_few(q_BTNH, rows, jnp.concatenate(sure, axis=-1), chosen, size, ask, here)
+        if ask.among_BTW is not None:
+            out, _ = merge(out, lse, *read_draft(q_BTNH, rows.draft, ask, here))
+        return out
 
-    def pages(self, rows: Rows, chosen_BKTM: jax.Array, size: int, ask: Flow, here: Here) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def pages(self, rows: Store, chosen_BKTM: jax.Array, size: int, ask: Flow, here: Here) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Pages of `size` rows that are read, each at most once: with recent rows, with the first rows, and chosen ones."""
         R, C, order = self.selector.size, rows.capacity, ask.order_BT
         begin, last = self.nearest(rows, order)[..., None], (rows_upto(rows, order)[..., None] - 1) // R
@@ -226,6 +250,15 @@ class Read(Full):
         chosen = jnp.where(loose, chosen_BKTM, EMPTY)
         return near.astype(jnp.int32), sinks.astype(jnp.int32), chosen.astype(jnp.int32)
 
+    def place(self, layers: tuple[Readable, ...]) -> tuple[Readable, ...]:
+        return tuple(layer.replace(rows=on_host(layer.rows)) for layer in layers)
+
+    def bytes_moved(self, layer: Readable, here: Here) -> int:
+        """Of as many pages as a query may choose, wherever they lie: shapes do not depend on what is chosen."""
+        R = self.selector.size
+        rows = min(layer.far, pages_of(layer.rows.capacity, R)) * R
+        return row_bytes(layer.rows) * rows if isinstance(layer.rows, Hosted) else 0
+
     def kept(self, layer: Readable) -> jax.Array:
         return layer.rows.order_BKC
 
@@ -239,12 +272,12 @@ class Read(Full):
         silent = 0 if self.streaming is None else len(self.streaming[here.layer])
         far = layer.far * (here.cfg.K - silent) / here.cfg.K
         rows = min((self.first + self.near + far) * self.selector.size, C)
-        summary, k, v = (tree_bytes(x) for x in (layer.summary, layer.rows.k_BKCH, layer.rows.v_BKCH))
-        few = whole - summary - (k + v) * (1 - rows / C)
+        summary, row = tree_bytes(layer.summary), row_bytes(layer.rows)
+        few = whole - summary - row * (slots_held(layer.rows) - rows)
         if kind == "read":
             return round(few)
         keys = min(rows + self.selector.keys_read(layer), C) - rows
-        return round(few + (summary + k * keys / C if self.own else whole - few) / steps)
+        return round(few + (summary + row / 2 * keys if self.own else whole - few) / steps)
 
 
 def check_heads(heads, streaming, cfg) -> None:
@@ -255,46 +288,3 @@ def check_heads(heads, streaming, cfg) -> None:
         )
         if not fits:
             raise UserError(f"{name} must list kv heads below {cfg.K} for each of {cfg.L} layers; make the list for {cfg.name}")
-
-
-def flat(x_BKTM: jax.Array) -> jax.Array:
-    return x_BKTM.reshape(*x_BKTM.shape[:2], -1)
-
-
-def orders_at(order_BKC: jax.Array, slot_BKTM: jax.Array) -> jax.Array:
-    """order_BKTM of slots; EMPTY for slot EMPTY."""
-    order = jnp.take_along_axis(order_BKC, jnp.maximum(flat(slot_BKTM), 0), axis=2).reshape(slot_BKTM.shape)
-    return jnp.where(slot_BKTM == EMPTY, EMPTY, order)
-
-
-def read_pages(q_BTNH: jax.Array, layer: Rows, page_BKTX: jax.Array, size: int, ask: Flow, here: Here) -> jax.Array:
-    """out_BTNH of each query over pages of its own and, in a draft call, over the drafts it descends from."""
-    if q_BTNH.shape[1] == 1 and ask.among_BTW is None:
-        return read_rows(q_BTNH, layer, ask, here, page_BKTX[:, :, 0], size)
-    out, lse = gather_read(q_BTNH, layer, slots_in(page_BKTX, size, layer.capacity), ask, here)
-    if ask.among_BTW is not None:
-        out, _ = merge(out, lse, *read_draft(q_BTNH, layer.draft, ask, here))
-    return out
-
-
-def fold(x_BKTM: jax.Array) -> jax.Array:
-    """Every query as a sequence of its own: (B * T, K, M, ...)."""
-    B, K, T, M, *rest = x_BKTM.shape
-    return jnp.moveaxis(x_BKTM, 2, 1).reshape(B * T, K, M, *rest)
-
-
-def gather_read(q_BTNH: jax.Array, layer: Rows, slot_BKTM: jax.Array, ask: Flow, here: Here, unrotated: bool = False):
-    """(out_BTNH, lse_BTN) where every query reads slots of its own: each becomes a row of a batch of one-query reads.
-
-    unrotated: take the rotation off the keys, for queries that carry a distance instead of a position.
-    """
-    B, T, N, H = q_BTNH.shape
-    safe = jnp.maximum(slot_BKTM, 0)
-    k, v = (fold(take_rows(x, flat(safe)).reshape(*slot_BKTM.shape, H)) for x in (layer.k_BKCH, layer.v_BKCH))
-    order = fold(orders_at(layer.order_BKC, slot_BKTM))
-    if unrotated:
-        k = here.rotate(k, jnp.maximum(order, 0), inverse=True)
-    lo, hi = here.lo(ask.order_BT).reshape(-1, 1), ask.hi_BT.reshape(-1, 1)
-    seen = visible(order, lo, hi)[:, :, None]
-    p, lse = softmax(scores(q_BTNH.reshape(B * T, 1, N, H), k, here.cfg.scale, here.cfg.softcap), seen)
-    return combine(p, v).reshape(B, T, N, H), lse.reshape(B, T, N)

@@ -15,6 +15,7 @@ from flax import struct
 
 from tokeff.errors import UserError
 from tokeff.kv.cache import Rows
+from tokeff.kv.hosted import Store
 from tokeff.kv.policy import Ask, Prefilled, pad_slots
 from tokeff.models.attention import NEG
 from tokeff.models.flow import EMPTY, Here
@@ -36,17 +37,23 @@ class Last(struct.PyTreeNode):
 
 
 class Readable(struct.PyTreeNode):
-    """A full store and what selecting from it needs.
+    """A store of all rows and what selecting from it needs.
 
     far_B: how many pages, beside those read in any case, a query of each sequence reads; at most `far`. summary: whatever the
     selector keeps beside the rows, with a leading batch axis in every array. last: the selection in use where one serves several steps.
     """
 
-    rows: Rows
+    rows: Store
     far_B: jax.Array
     summary: Any
     last: Last | None
     far: int = struct.field(pytree_node=False)
+
+    @property
+    def keys_BKCH(self) -> jax.Array:
+        """The key of every slot, for a selector that looks at them (`keys_read`); such a layer lies on the device."""
+        assert isinstance(self.rows, Rows)
+        return self.rows.k_BKCH
 
 
 @dataclass(frozen=True)
@@ -83,8 +90,9 @@ class Selector:
         """What is kept beside the rows, made once from the packed prompt; None for nothing."""
         return None
 
-    def arrive(self, summary: Any, store: Rows, slot_BT: jax.Array, here: Here) -> Any:
-        """The summary after rows became certain, which are in these slots now (EMPTY: none). Drafts arrive once accepted."""
+    def arrive(self, summary: Any, store: Store, slot_BT: jax.Array, here: Here) -> Any:
+        """The summary after rows became certain, which are in these slots now (EMPTY: none). Drafts arrive once accepted.
+        Where rows may lie in host memory, `near_at` finds these."""
         return summary
 
     def worth(self, q_BTNH: jax.Array, layer: Readable, open_BKTP: jax.Array, here: Here) -> jax.Array:
@@ -110,7 +118,7 @@ def best_pages(worth_BKTP: jax.Array, layer: Readable) -> jax.Array:
     return jnp.where((value > NEG) & (jnp.arange(M) < layer.far_B[:, None, None, None]), page, EMPTY).astype(jnp.int32)
 
 
-def open_pages(store: Rows, span: Span, size: int, here: Here) -> jax.Array:
+def open_pages(store: Store, span: Span, size: int, here: Here) -> jax.Array:
     """open_BKTP: pages inside the span, with a row inside the sliding window. K is the store's."""
     B, K, C = store.order_BKC.shape
     P = pages_of(C, size)
@@ -151,7 +159,7 @@ def slots_of(order_BKC: jax.Array, wanted_BKM: jax.Array) -> jax.Array:
     return jnp.where(found & (wanted_BKM != EMPTY), slot, EMPTY).astype(jnp.int32)
 
 
-def rows_upto(store: Rows, order_BT: jax.Array) -> jax.Array:
+def rows_upto(store: Store, order_BT: jax.Array) -> jax.Array:
     """count_BKT of stored rows whose order is at most this one: the slot of the next, since slots of such a store are in order."""
     order = store.order_BKC[:, :, None]
     return ((order != EMPTY) & (order <= order_BT[:, None, :, None])).sum(axis=3, dtype=jnp.int32)

@@ -10,15 +10,16 @@ import jax.numpy as jnp
 
 from tokeff.errors import UserError
 from tokeff.kv.budget import AtLeast, Budget, most_rows, rows_of
-from tokeff.kv.cache import Room, Rows, accepted_orders, per_head, take_rows
+from tokeff.kv.cache import Room, Rows, accepted_orders, per_head
 from tokeff.kv.evidence import Evidence
+from tokeff.kv.hosted import Store, append, near_at
 from tokeff.kv.keep import Keep
-from tokeff.kv.policy import Prefilled, append, pad_slots
-from tokeff.kv.read import read_rows
+from tokeff.kv.policy import Prefilled, pad_slots
 from tokeff.kv.score import WindowMass
 from tokeff.models.attention import NEG, scores, wide
 from tokeff.models.flow import EMPTY, Accepted, Flow, Here
 from tokeff.models.load import Model
+from tokeff.sparse.gather import read_all
 from tokeff.sparse.read import Read
 from tokeff.sparse.select import Readable, Selector
 from tokeff.sparse.sentences import Breaks, Heard, New, Sentences, Tokens, causal, certain, sentence_ends
@@ -104,7 +105,8 @@ class SentenceKV(Read):
         far, far_B = self.far(most_rows(self.budget, rows.most)), self.far(rows_of(self.budget, rows.length_B))
         if self.whole:
             far, far_B = store.capacity, jnp.full_like(far_B, store.capacity)
-        return Readable(store, far_B, self.sentences(rows, index, store, room), None, max(far, 1))
+        summary = self.sentences(rows, index, store, room)
+        return Readable(self.laid(store, index.shape[2], room, here), far_B, summary, None, max(far, 1))
 
     def sentences(self, rows: Prefilled, index_BKM: jax.Array, store: Rows, room: Room) -> Sentences:
         """Those of the prompt, from the rows that were kept."""
@@ -130,7 +132,7 @@ class SentenceKV(Read):
         earlier = jnp.where((start == now[:, None])[..., None, None], s.asked_BKH[:, None], 0)
         return earlier + jnp.einsum("bts,bskh->btkh", mine.astype(new.q_BTKH.dtype), new.q_BTKH, precision="highest")
 
-    def arrive(self, s: Sentences, new: New, before: Rows, rows: Rows) -> Sentences:
+    def arrive(self, s: Sentences, new: New, before: Store, rows: Store) -> Sentences:
         """The sentences after these rows became certain; they are in the slots behind those that were filled before."""
         breaks, there = self.selector.breaks, new.there_BT
         _, number, after = breaks.follow(s, new)
@@ -141,7 +143,7 @@ class SentenceKV(Read):
         slot = before.live_B[:, None] + jnp.cumsum(there, axis=1, dtype=jnp.int32) - 1
         slot = jnp.broadcast_to(jnp.where(there, slot, C + jnp.arange(T, dtype=jnp.int32))[:, None], (B, K, T))
         at = jnp.broadcast_to(jnp.where(there, number, s.count_BKP.shape[2])[:, None], (B, K, T))
-        k = take_rows(rows.k_BKCH, slot).astype(s.sum_BKPH.dtype)
+        k = near_at(rows, slot)[0].astype(s.sum_BKPH.dtype)
         put = per_head(lambda x, at, new: x.at[at].set(new, mode="drop", unique_indices=True))
         return after.replace(
             sum_BKPH=add(s.sum_BKPH, at, k), count_BKP=add(s.count_BKP, at, jnp.ones_like(at)), last_BKP=top(s.last_BKP, at, slot),
@@ -164,7 +166,7 @@ class SentenceKV(Read):
             chooses, s = self.listen(s, now), s.replace(heard=heard)
         layer = layer.replace(rows=rows, summary=s)
         if self.kind(here.layer) == "dense":
-            return read_rows(q, rows, ask, here), layer, across
+            return read_all(q, rows, ask, here), layer, across
         page, _, layer = self.selected(chooses, raw, layer, ask, here)
         return self.read(q, raw, rows, page, 1, ask, here), layer, across
 

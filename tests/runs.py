@@ -16,18 +16,21 @@ import tiny
 from tokeff.decode.loop import Decoding, run
 from tokeff.errors import UserError
 from tokeff.generation import Setup
+from tokeff.kv.bounded import prefill_bounded
 from tokeff.kv.cache import Room
-from tokeff.kv.extend import _pack_one, pack
+from tokeff.kv.extend import _pack_one
 from tokeff.kv.keep import Keep
-from tokeff.kv.policy import Ask
+from tokeff.kv.policy import Ask, Policy
 from tokeff.kv.prefill import Prompt, one_layer
-from tokeff.listing import METHODS
+from tokeff.listing import METHODS as LISTED
 from tokeff.models.config import Precision
 from tokeff.models.flow import Flow, Here
 from tokeff.models.load import Model
 
 STEPS = 6
+METHODS = tuple(m for m in LISTED if m.bare)  # drafters that run another model have tests of their own
 GIVEN = np.random.default_rng(2).integers(0, tiny.CFG.V, (len(tiny.LENGTHS), STEPS))
+PIECE = 16  # of a prompt read in bounded memory
 CHUNK = 24  # the short prompt's last rows cross a border of chunks
 
 
@@ -84,7 +87,12 @@ def prompt(name: str | None = None, kind: str = "small", form: str = "batch") ->
     """
     rows = {"swapped": tiny.prompts()[::-1], "single": tiny.prompts()[1:]}.get(form, tiny.prompts())
     parts, chunk = part(name, kind) if name else {}, CHUNK if form == "chunked" else None
-    return tiny.read(tiny.FULL, rows, evidence=evidence(), cut=parts.get("cut"), pattern=parts.get("prefill"), chunk=chunk)
+    return tiny.read(tiny.FULL, rows, evidence=asked(parts), cut=parts.get("cut"), pattern=parts.get("prefill"), chunk=chunk)
+
+
+def asked(parts: dict[str, Any]) -> tuple[Ask, ...]:
+    """What a prompt is asked for: everything, but nothing behind a sparse prefill, where only Full reads."""
+    return () if "prefill" in parts else evidence()
 
 
 def prompt_of(name: str, kind: str, form: str = "batch") -> Prompt:
@@ -105,12 +113,19 @@ def steps(name: str, kind: str = "small", form: str = "batch") -> Steps:
     """Decode GIVEN under one method."""
     policy, p = part(name, kind).get("kv", tiny.FULL), prompt_of(name, kind, form)
     given = GIVEN[1:] if form == "single" else GIVEN
-    packed = pack(policy, p.layers, Room(STEPS), tiny.CFG)
+    packed = tiny.packed(policy, p)
     logits, kept = [], [[tiny.kept(policy, layer) for layer in packed]]
     for out, layers in tiny.forced(policy, packed, p, given):
         logits.append(out)
         kept.append([tiny.kept(policy, layer) for layer in layers])
     return Steps(packed, np.stack(logits), kept)
+
+
+@cache
+def bounded(policy) -> Prompt:
+    """The prompts read in pieces, with what the policy lets go between them."""
+    tokens, length = tiny.padded(tiny.prompts())
+    return prefill_bounded(tiny.params(), tiny.CFG, tokens, length, policy, piece=PIECE, evidence=policy.needs(), dtype="float32")
 
 
 @cache
@@ -153,6 +168,15 @@ def check_token(policy, prompt: Prompt, at: tuple[int, ...] = (1,), rows=None) -
     out, layer, _ = one_token(layers, prompt.next_B, *asks(), policy=policy, at=at)
     assert np.isfinite(out).all()
     check_rows(policy, [layer], prompt.next_B.tolist(), Here(at[-1], tiny.CFG))
+
+
+def check_policy(policy, prompt: Prompt, at: tuple[int, ...] = (1,)) -> None:
+    """One token, in these layers, or in all of a policy that decides over all of them."""
+    if type(policy).pack is Policy.pack:
+        return check_token(policy, prompt, at)
+    ((logits, layers),) = tiny.forced(policy, tiny.packed(policy, prompt), prompt, GIVEN[:, :1])
+    assert np.isfinite(logits).all()
+    check_rows(policy, layers, prompt.next_B.tolist())
 
 
 def check_rows(policy, layers: list, lengths, here=None) -> None:

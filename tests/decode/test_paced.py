@@ -1,0 +1,117 @@
+"""As wide as pays: the text of plain decoding at any pace, the pace against a list of numbers, no copies, and one program."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from tokeff.decode.methods import paced, plain, prompt_lookup, token_recycling
+from tokeff.decode.paced import Paced, first_nodes, run_paced
+from tokeff.decode.sample import GREEDY
+from tokeff.errors import UserError
+from tokeff.kv import methods as kv
+
+pytestmark = [pytest.mark.core, pytest.mark.xdist_group("paced")]
+FREE, DEAR = ((1, 1.0), (16, 1.01)), ((1, 1.0), (16, 30.0))
+POLICIES = {"full": kv.full(), "h2o": kv.h2o(0.5, evict=4)}
+RECYCLING = token_recycling(tiny.TREE)
+
+
+def made(policy, cost, new=48):
+    """(text, passes) of 48 tokens."""
+    drafter = paced(RECYCLING, (1, 4, 8), cost, tries=2, rarest=8)
+    s = tiny.start(tiny.read(policy), policy, drafter, new=new)
+    s = run_paced(tiny.params(), tiny.CFG, s, jnp.int32(1000), policy=policy, drafter=drafter, how=GREEDY, eos=())
+    return tiny.text(s), np.asarray(s.passes_B)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_the_text_is_that_of_plain_decoding_at_any_pace(name):
+    policy = POLICIES[name]
+    wanted = tiny.text(tiny.decode(policy, new=48))
+    (free, few), (dear, many) = (made(policy, cost) for cost in (FREE, DEAR))
+    assert free == wanted and dear == wanted
+    assert few.max() < 47, "no draft was ever accepted"
+    assert many.min() >= few.min()
+
+
+class Numbers:
+    """The controller on paper: a running mean a width, goodput, and tries further and further apart."""
+
+    def __init__(self, drafter: Paced):
+        self.d = drafter
+        self.mean = [min(self.time(w) * 1.01, w, drafter.inner.depth + 1) for w in drafter.widths]
+        self.wait = self.gap = drafter.tries
+
+    def time(self, rows):
+        for (a, ta), (b, tb) in zip(self.d.cost, self.d.cost[1:]):
+            if rows <= b or (b, tb) == self.d.cost[-1]:
+                return ta if rows < a else ta + (rows - a) * (tb - ta) / (b - a)
+
+    def heard(self, j, paths, live):
+        for o, w in enumerate(self.d.widths[: j + 1]):
+            found = np.mean([sum(node < w for node in path) for path, on in zip(paths, live) if on])
+            self.mean[o] += self.d.rate * (found - self.mean[o])
+        self.mean = [max(m, self.mean[0]) for m in self.mean]
+        goodput = [m / self.time(sum(live) * w) for m, w in zip(self.mean, self.d.widths)]
+        best = int(np.argmax(goodput))
+        if best:
+            self.wait = self.gap = self.d.tries
+        elif j == 0:
+            self.wait -= 1
+        else:
+            self.wait = self.gap = min(2 * self.gap, self.d.rarest)
+        return 1 if best == 0 and self.wait <= 0 else best
+
+
+@pytest.mark.parametrize("dear", [1.2, 4.0])
+def test_the_pace_is_goodput(dear):
+    rng, cost = np.random.default_rng(3), ((1, 1.0), (8, 1.0 + dear), (24, 9.0))
+    drafter = paced(RECYCLING, (1, 4, 8), cost, rate=0.3, tries=2, rarest=8)
+    heard = jax.jit(drafter.paced, static_argnums=1)
+    pace, paper, seen, j = drafter.init(3, tiny.CFG.V), Numbers(drafter), set(), 2
+    for step in range(60):
+        live = rng.random(3) < 0.8
+        live[0] = True
+        count = rng.integers(1, 2 + (step // 20 % 2) * 3, 3)  # times in which drafts are right, and times in which they are not
+        path = np.zeros((3, 8), np.int32)
+        for b in range(3):
+            nodes = np.sort(rng.choice(np.arange(1, drafter.widths[j]), min(count[b], drafter.widths[j]) - 1, replace=False))
+            count[b], path[b, 1 : 1 + len(nodes)] = 1 + len(nodes), nodes
+        pace = heard(pace, j, jnp.asarray(path[:, : drafter.widths[j]]), jnp.asarray(count), jnp.asarray(live))
+        wanted = paper.heard(j, [path[b, : count[b]].tolist() for b in range(3)], live)
+        np.testing.assert_allclose(pace.mean_O, paper.mean, atol=1e-4)
+        assert (int(pace.choice), int(pace.wait), int(pace.gap)) == (wanted, paper.wait, paper.gap)
+        j = wanted
+        seen.add(j)
+    assert len(seen) > 1
+
+
+def test_a_cut_tree_is_a_tree():
+    draft = jax.jit(lambda: RECYCLING.propose(RECYCLING.init(2, 61), jnp.ones((2, 5), jnp.int32), jnp.full(2, 5)))()
+    cut = first_nodes(draft, 4)
+    assert cut.tokens_BW.shape == (2, 4) and (np.asarray(cut.parent_BW) < np.maximum(np.arange(4), 1)).all()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: paced(plain()),
+        lambda: paced(paced(RECYCLING)),
+        lambda: paced(RECYCLING, widths=(4, 8)),
+        lambda: paced(RECYCLING, widths=(1,)),
+        lambda: paced(RECYCLING, cost=((1, 1.0),)),
+        lambda: paced(RECYCLING, cost=((1, 1.0), (4, 0.0))),
+        lambda: paced(RECYCLING, rate=0.0),
+        lambda: paced(RECYCLING, tries=9, rarest=8),
+    ],
+)
+def test_what_cannot_be_paced_is_refused(make):
+    with pytest.raises(UserError) as error:
+        make()
+    assert "\n" not in str(error.value)
+
+
+def test_it_cuts_no_wider_than_the_draft():
+    assert paced(prompt_lookup(length=5)).widths == (1, 4, 6)

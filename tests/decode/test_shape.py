@@ -1,0 +1,78 @@
+"""Trees that suit measured rates and a measured cost: against trying every tree, and rates against a count on paper."""
+
+import itertools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from tokeff.decode.draft import Result
+from tokeff.decode.recycling import TokenRecycling
+from tokeff.decode.shape import Watched, best_tree, chances, likeliest, measured_cost
+from tokeff.errors import UserError
+
+pytestmark = pytest.mark.core
+RATE = np.array([[0.5, 0.2, 0.1], [0.4, 0.1, 0.05], [0.3, 0.1, 0.0]])
+PATHS = [path for d in (1, 2, 3) for path in itertools.product(range(3), repeat=d)]
+
+
+def closed(tree) -> bool:
+    return all(path[:-1] in tree or len(path) == 1 for path in tree)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+def test_no_tree_of_as_many_nodes_is_right_more_often(n):
+    most = max(sum(chances(tree, RATE)) for tree in itertools.combinations(PATHS, n) if closed(tree))
+    tree = likeliest(RATE, n)
+    assert len(tree) == n and closed(tree)
+    assert sum(chances(tree, RATE)) == pytest.approx(most)
+    TokenRecycling(tree, 3)  # parents first, every rank there
+
+
+def test_the_cost_decides_how_many_nodes():
+    free, dear = ((1, 1.0), (40, 1.001)), ((1, 1.0), (2, 3.0), (40, 60.0))
+    assert len(best_tree(RATE, free)) > 20 and best_tree(RATE, dear) == ()
+    step = ((1, 1.0), (4, 1.05), (5, 2.0), (40, 9.0))  # a pass over up to 4 rows is almost free
+    assert best_tree(RATE, step) == likeliest(RATE, 3)
+
+
+def test_rates_count_nodes_whose_parents_were_right():
+    drafter, rng = Watched(TokenRecycling(tiny.TREE, 3)), np.random.default_rng(0)
+    parents = np.asarray(drafter.inner.parents)
+    observe = jax.jit(drafter.observe)
+    state, right, asked = drafter.init(2, 5), np.zeros((2, 3, 3)), np.zeros((2, 3, 3))
+    for _ in range(6):
+        table = jnp.asarray(rng.integers(0, 5, (2, 5, 3)), jnp.int32)
+        state = state.replace(inner=state.inner.replace(top_BUY=table))
+        draft = drafter.propose(state, jnp.asarray([[1, 2], [3, 4]]), jnp.asarray([2, 2]))
+        logits = rng.normal(size=(2, drafter.nodes, 5))
+        count = rng.integers(0, 2, 2)
+        state = observe(state, draft, Result(jnp.asarray(logits, jnp.float32), draft.parent_BW, draft.tokens_BW, jnp.asarray(count), {}))
+        tokens, wanted = np.asarray(draft.tokens_BW), logits.argmax(-1)
+        for b in np.flatnonzero(count):
+            good = {0}
+            for node, path in enumerate(tiny.TREE, 1):
+                at = (b, len(path) - 1, path[-1])
+                if parents[node] in good:
+                    asked[at] += 1
+                    if tokens[b, node] == wanted[b, parents[node]]:
+                        good.add(node)
+                        right[at] += 1
+    np.testing.assert_array_equal(state.right_BWY, right)
+    np.testing.assert_array_equal(state.asked_BWY, asked)
+    assert right.sum() > 0
+
+
+def test_a_measured_cost_is_read_or_refused(tmp_path):
+    file = tmp_path / "cpu.json"
+    rows = [{"context": 512, "rows": n, "of_one_row": t} for n, t in ((8, 1.6), (1, 1.0), (4, 1.3))]
+    file.write_text(json.dumps({"verify-cost": {"rows": rows}}))
+    assert measured_cost(file) == ((1, 1.0), (4, 1.3), (8, 1.6))
+    for bad, text in ((file, None), (tmp_path / "none.json", None), (file, "{}"), (file, "[")):
+        if text is not None:
+            file.write_text(text)
+        with pytest.raises(UserError, match="verify-cost"):
+            measured_cost(bad, None if text is not None else 4096)
