@@ -1,12 +1,17 @@
-"""Write docs/methods.md, the table of all methods, from the listing: python docs/make_methods.py"""
+"""Write docs/methods.md, the table of all methods, and docs/drafters.md from the listing: python docs/make_methods.py"""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from tokeff.decode.draft import Drafter
+from tokeff.decode.draft_model import OwnModel
+from tokeff.decode.paced import Paced
 from tokeff.listing import Method, methods
+from tokeff.models.config import Config
 
 HOME = {"kv": "tokeff.kv", "sparse": "tokeff.sparse", "reduce": "tokeff.reduce", "decode": "tokeff.decode", "baseline": "tokeff.kv"}
 HOME |= {"reuse": "tokeff.kv"}
@@ -78,5 +83,47 @@ def text() -> str:
     return f"{HEAD}{listed}{SETTINGS}{named}\n## In one line each\n\n{about}"
 
 
+DRAFTERS = """# Drafters
+
+Generated from `tokeff/listing.py` by `python docs/make_methods.py`; do not edit by hand. [decode.md](decode.md) explains them.
+
+- *nodes*, *depth*: of a pass at the default settings, the last known token included in the nodes.
+- *drafts come from*: the text alone, some of the model's own layers, or another model, which is attached beside the target's weights.
+- *output*: "same tokens" as plain decoding with the same seed; "same law", greedy text the same; or lossy.
+
+"""
+
+
+# For what a drafter cannot be made without: a model's sizes, and halves of layers to leave out.
+ANY = {"cfg": Config("any", V=8, D=8, F=8, L=2, N=1, K=1, H=8), "attention": (1,), "ffn": (1,)}
+
+
+def made(method: Method) -> Drafter:
+    asked = inspect.signature(method.make).parameters.values()
+    return method.make(**{p.name: ANY[p.name] for p in asked if p.default is p.empty})
+
+
+def source(drafter: Drafter) -> str:
+    """Where drafts come from."""
+    if isinstance(drafter, OwnModel):
+        return "another model"
+    if drafter.nodes == 1:
+        return "no drafts"
+    return "the text" if type(drafter).fits is Drafter.fits or isinstance(drafter, Paced) else "the model's layers"
+
+
+def drafter(method: Method) -> tuple[str, ...]:
+    it = made(method)
+    output = "lossy" if not it.lossless else "same tokens" if it.rule.same else "same law"
+    return method.name, f"`tokeff.decode.{method.make.__name__}()`", source(it), str(it.nodes), str(it.depth), output, link(method)
+
+
+def drafters() -> str:
+    """The page of the drafters."""
+    rows = [drafter(m) for m in methods() if m.part == "decode"]
+    return DRAFTERS + table(("method", "expression", "drafts come from", "nodes", "depth", "output", "paper"), rows)
+
+
 if __name__ == "__main__":
     (Path(__file__).parent / "methods.md").write_text(text(), encoding="utf-8")
+    (Path(__file__).parent / "drafters.md").write_text(drafters(), encoding="utf-8")

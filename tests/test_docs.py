@@ -43,6 +43,11 @@ def test_method_table_is_the_listing():
     assert committed == generated, "run: python docs/make_methods.py"
 
 
+def test_drafter_table_is_the_listing():
+    generated = load(ROOT / "docs" / "make_methods.py").drafters()
+    assert (ROOT / "docs" / "drafters.md").read_text(encoding="utf-8") == generated, "run: python docs/make_methods.py"
+
+
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_relative_links_lead_somewhere(page):
     prose = FENCE.sub("", page.read_text(encoding="utf-8"))

@@ -148,15 +148,16 @@ def packed(policy, prompt: Prompt, room: Room = ROOM, *, cfg=CFG) -> tuple:
     return pack(policy, only(policy, prompt).layers, room, cfg)
 
 
-def start(prompt: Prompt, policy, drafter=PLAIN, *, cfg=CFG, new=NEW, how=GREEDY, eos=(), seed=0, rows=None, keys=None) -> Decoding:
-    """Pack, and draw the first token. rows: which rows of a batch these are, for their noise."""
+def start(prompt: Prompt, policy, drafter=PLAIN, *, cfg=CFG, new=NEW, how=GREEDY, eos=(), seed=0, rows=None, keys=None, m=None) -> Decoding:
+    """Pack, and draw the first token. rows: which rows of a batch these are, for their noise. m: the model with what the drafter brings."""
     B = prompt.tokens_BT.shape[0]
     layers = packed(policy, prompt, Room(new, drafter.nodes if drafter.nodes > 1 else 0), cfg=cfg)
     table = jnp.pad(prompt.tokens_BT, ((0, 0), (0, new)))
     keys = row_keys(seed, jnp.asarray(rows if rows is not None else range(B))) if keys is None else keys
     limit = jnp.full(B, new, jnp.int32)
     gone = prompt.length_B - prompt.next_B
-    state = drafter.prepare(Model(cfg, params(cfg), None, Precision(), cfg.name), prompt.tokens_BT, prompt.length_B, new)
+    m = m or Model(cfg, params(cfg), None, Precision(), cfg.name)
+    state = drafter.prepare(m, prompt.tokens_BT, prompt.length_B, new)
     return begin(layers, table, prompt.length_B, gone, prompt.logits_BV, drafter, keys, limit, how, eos, state)
 
 

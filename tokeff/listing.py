@@ -219,13 +219,15 @@ METHODS: tuple[Method, ...] = (
     Method("RAPID", "decode", "decode", decode.rapid, False, papers.RAPID, published.RAPID, identity={"eta": 0.0}, config=_DECODE),
     Method(
         "FFN-SkipLLM", "decode", "decode", decode.ffn_skipllm, False, papers.FFNSKIP, published.FFNSKIP, identity={"tau": 2.0},
-        config=_DECODE,
+        config=_DECODE, reading=True,
     ),
     Method(
         "SkipDecode", "decode", "decode", decode.skip_decode, False, papers.SKIPDECODE, published.SKIPDECODE, identity={"least": 1.0},
-        config=_DECODE,
+        config=_DECODE, reading=True,
     ),
-    Method("R2R", "decode", "decode", decode.r2r, False, papers.R2R, published.R2R, identity={"sure": 2.0}, config=_DECODE),
+    Method(
+        "R2R", "decode", "decode", decode.r2r, False, papers.R2R, published.R2R, identity={"sure": 2.0}, config=_DECODE, reading=True
+    ),
 )  # fmt: skip
 
 

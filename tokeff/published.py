@@ -64,9 +64,12 @@ RECYCLING = {"tree": TREE_80, "rank": 8}  # appendix
 HYDRAGEN: dict[str, object] = {}  # exact: no numbers to choose
 CACHEBLEND = {"chunk": 512, "share": 0.15, "layer": 1}  # paper: 15% of the rows computed anew, chunks of 512
 KVSHARE: dict[str, object] = {}  # constants are not recovered
-TRIE = {"nodes": 64, "length": 12, "query": 12, "weight": 1e-4}  # paper: 64 nodes, branches of 12
-LADE = {"window": 7, "ngram": 5, "guesses": 7}  # released code, 7B; 15 / 5 / 15 for its MT-bench script
-ADED = {"nodes": 64, "paths": 24, "length": 4, "simulations": 150, "c1": 32.0, "c2": 8.0}  # released code
+TRIE = {"nodes": 64, "length": 12, "query": 2, "weight": 1e-4, "own": 0.5}  # released code; 128 nodes of 32 for retrieval
+LADE = {"window": 7, "ngram": 5, "guesses": 7, "fill": False, "shift": False}  # released code, 7B; 15, 5 and 15 in its MT-bench script
+ADED = {  # released code; its 24 paths count the root's own
+    "nodes": 64, "paths": 23, "length": 4, "simulations": 150, "successors": 12, "recent": 16, "gain": 0.04, "cap": 3.0,
+    "c1": 32.0, "c2": 8.0,
+}  # fmt: skip
 EXIT = {"exit": 8, "length": 6}  # released code, Llama-2-7B trained for it
 SWIFT = {"length": 25, "sure": 0.8}  # released code; 45% of the halves left out
 DEL = {"exits": (4, 8, 12), "lengths": (6, 12, 18), "every": 1}  # paper: any layer, up to 18 tokens, every block
@@ -74,7 +77,7 @@ SMARTSPEC: dict[str, object] = {}  # its curve is the machine's own
 DRAFT = {"length": 5}  # paper: 3 to 7
 SPECTR = {"length": 8, "copies": 8}  # paper: K = L = 8
 PEARL = {"length": 4}  # paper: the ratio of speeds, 2 to 6
-RAPID = {"length": 10, "eta": 10.0}  # paper: 5 to 50
+RAPID = {"length": 10, "eta": 10.0, "chunk": 512, "budget": AtLeast(1 / 32, 4096)}  # eta 5 to 50; chunks of 128 in the script
 FFNSKIP: dict[str, object] = {}  # threshold and cold regions are calibrated there
 SKIPDECODE: dict[str, object] = {}  # budgets are per task there
 R2R: dict[str, object] = {}  # the router is trained there

@@ -15,7 +15,7 @@ from tokeff.evals.drafting import Drafted, Drafting, drafted, entries
 from tokeff.listing import methods
 
 WIDTHS = (1, 2, 4, 8, 16, 32, 64, 81)
-IN_BATCHES = ("PromptLookup", "TokenRecycling", "TrieLookahead", "EarlyExit")
+IN_BATCHES = ("PromptLookup", "TokenRecycling", "Lookahead (Alipay)", "EarlyExit")
 FEW = Drafted("", prompts=2)  # for rows whose passes are slow
 SIZES = (4, 8, 31)  # of cuts of the published tree: what the default of 15 drafts is measured against
 

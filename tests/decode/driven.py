@@ -33,8 +33,7 @@ def read(policy: Policy, rows=None):
 
 def start(policy, drafter, m: Model | None = None, rows=None, how=GREEDY, eos=()):
     prompt = read(policy, rows)
-    s = tiny.start(prompt, policy, drafter, how=how, eos=eos)
-    return s.replace(drafter=drafter.prepare(m or model(), prompt.tokens_BT, prompt.length_B, tiny.NEW))
+    return tiny.start(prompt, policy, drafter, how=how, eos=eos, m=m or model())
 
 
 def decode(policy, drafter, m: Model | None = None, rows=None, how=GREEDY, eos=()):

@@ -164,8 +164,7 @@ def route(sure, length=3, how=GREEDY) -> tuple[list[list[int]], list[int]]:
     """(the text of each prompt, how many of its tokens behind the first the large model gave)."""
     drafter = Routed(SMALL, length, sure, name="small")
     prompt = tiny.read(tiny.FULL)
-    s = tiny.start(prompt, tiny.FULL, drafter, how=how)
-    s = s.replace(drafter=drafter.prepare(BOTH, prompt.tokens_BT, prompt.length_B, NEW))
+    s = tiny.start(prompt, tiny.FULL, drafter, how=how, m=BOTH)
     s = drafter.drive(BOTH.params, tiny.CFG, s, 1000, policy=tiny.FULL, how=how, eos=())
     return tiny.text(s), s.drafter.asked_B.tolist()
 

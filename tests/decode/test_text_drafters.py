@@ -242,7 +242,7 @@ def test_end_of_sequence_inside_an_accepted_span(double):
     [
         lambda: lookahead_trie(nodes=1), lambda: lookahead_trie(length=0), lambda: lookahead_trie(query=0), lambda: lookahead_trie(most=0),
         lambda: lookahead_trie(weight=0.6), lambda: lookahead_trie(own=1.5), lambda: lookahead_decoding(window=0),
-        lambda: lookahead_decoding(ngram=1), lambda: lookahead_decoding(guesses=0), lambda: lookahead_decoding(pool=3),
+        lambda: lookahead_decoding(ngram=1), lambda: lookahead_decoding(guesses=0), lambda: lookahead_decoding(pool=2),
         lambda: aded(paths=16), lambda: aded(nodes=1), lambda: aded(length=1), lambda: aded(successors=0), lambda: aded(simulations=0),
         lambda: aded(recent=2), lambda: aded(gain=0.0), lambda: aded(cap=0.01), lambda: aded(c1=-1.0), lambda: aded(c2=0.0),
         lambda: aded().check(MODEL.attach(trigrams_U=jnp.zeros((2, 3), jnp.int32))),

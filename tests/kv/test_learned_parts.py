@@ -81,7 +81,7 @@ def test_gates_of_one_are_the_model_itself(given):
     ones = tuple(jnp.ones(tiny.CFG.N) for _ in range(tiny.CFG.L))
     flow, *_ = stack(tiny.params(), tiny.CFG, embed(tiny.params(), tiny.CFG, ROWS, order), layers, policy=Full())
     dense = -jax.nn.log_softmax(unembed(tiny.params(), tiny.CFG, flow.x_BTD))[..., 7].mean()
-    assert float(loss(ones, layers, order)) == pytest.approx(float(dense), abs=1e-6)
+    assert float(loss(ones, layers, order)) == pytest.approx(float(dense), rel=1e-6)
 
 
 def test_a_model_folder_refuses_what_it_would_lose(tmp_path):

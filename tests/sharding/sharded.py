@@ -24,6 +24,15 @@ HALF = ((0, 2, 3, 7),)  # of 8 kv heads: two classes that a mesh of 4 divides
 METHODS = {m.name: m for m in methods() if m.bare}
 
 
+def ordinary(m) -> bool:
+    """Whether it decodes by the ordinary loop of the whole model, whose collectives can be counted."""
+    drafter = type(m.make()) if m.part == "decode" else Drafter
+    return drafter.drive is Drafter.drive and drafter.fits is Drafter.fits
+
+
+ORDINARY = tuple(name for name, m in METHODS.items() if ordinary(m))
+
+
 def named(*names: str) -> list:
     """Test parameters, grouped so that one worker runs all tests of a method."""
     return [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in names]

@@ -32,6 +32,7 @@ EXTRA = {
     "HiP": 1,  # does any sequence choose anew?
     "LServe": 1,
     "Recycled": 1,
+    "FFN-SkipLLM": 1,  # may all rows go without?
     "TokenRecycling": 2,  # the best successors of each part of the vocabulary: values and indices
 }
 
@@ -52,7 +53,7 @@ def split(found: list[Collective], s) -> tuple[list[Collective], list[Collective
     return sums, [c for c in found if c not in sums]
 
 
-@pytest.mark.parametrize("name", sharded.named(*sharded.METHODS, "H2O+PromptLookup"))
+@pytest.mark.parametrize("name", sharded.named(*sharded.ORDINARY, "H2O+PromptLookup"))
 def test_collectives(name):
     """Two sums of activations a layer and one for the embedding; nothing as large as a layer's keys on one device."""
     found, s = sharded.sent(name)
@@ -64,7 +65,7 @@ def test_collectives(name):
     assert all(c.bytes < smallest for c in others), others
 
 
-@pytest.mark.parametrize("name", sharded.named(*sharded.METHODS))
+@pytest.mark.parametrize("name", sharded.named(*sharded.ORDINARY))
 def test_every_array_lies_where_its_name_says(name):
     """The compiled loop keeps the layout: what the caches held on one device after `start` is their share, and no more."""
     _, s = sharded.sent(name)

@@ -84,9 +84,9 @@ class DynamicExit(SelfDraft):
 
     def prepare(self, m, tokens_BT, length_B, new) -> Shadow:
         B, L, W = tokens_BT.shape[0], len(self.exits), self.nodes
-        sums = (jnp.full(L, x, jnp.float32) for x in (0.5, 0.5, 0.25, 0.25))
+        hit, miss, sure, unsure = (jnp.full(L, x, jnp.float32) for x in (0.5, 0.5, 0.25, 0.25))
         x = jnp.zeros((B, L, W, m.cfg.D), m.precision.activations)
-        return Shadow(*sums, x, jnp.zeros((B, W), jnp.int32), jnp.zeros(B, jnp.int32))
+        return Shadow(hit, miss, sure, unsure, x, jnp.zeros((B, W), jnp.int32), jnp.zeros(B, jnp.int32))
 
     def draft(self, s: Decoding, target: Target) -> tuple[Draft, Decoding]:
         assert self.now is not None, "driven by `drive`"

@@ -144,7 +144,7 @@ class Paced(Drafter):
         found_O = (inside.sum(axis=1) * live_B[:, None]).sum(axis=0) / live
         known = jnp.arange(len(self.widths)) <= j
         mean = jnp.where(known, pace.mean_O + self.rate * (found_O - pace.mean_O), pace.mean_O)
-        mean = jnp.maximum(mean, mean[0])
+        mean = jnp.maximum(mean, mean[0]).astype(pace.mean_O.dtype)
         best = jnp.argmax(mean / self.time(live * widths)).astype(jnp.int32)
         wait = jnp.where(best > 0, self.tries, pace.wait - 1 if j == 0 else jnp.minimum(2 * pace.gap, self.rarest))
         gap = jnp.where(best > 0, self.tries, pace.gap if j == 0 else jnp.minimum(2 * pace.gap, self.rarest))

@@ -38,7 +38,7 @@ def likeliest(rate: np.ndarray, most: int) -> Tree:
     """The `most` likeliest nodes, best first (so parents first), as paths of ranks. Nodes that are never right are left out."""
     depth, ranks = rate.shape
     found: list[tuple[int, ...]] = []
-    heap = [(-float(rate[0, r]), (r,)) for r in range(ranks)]
+    heap: list[tuple[float, tuple[int, ...]]] = [(-float(rate[0, r]), (r,)) for r in range(ranks)]
     heapq.heapify(heap)
     while heap and len(found) < most:
         chance, path = heapq.heappop(heap)

@@ -228,4 +228,5 @@ class Trigram(Drafter):
             (zero, jnp.where(here, parent, 0), jnp.where(more[behind], 1 + behind, 0)),
             (one, here, more[behind]),
         )
-        return Draft(*(jnp.concatenate([x.astype(part[0].dtype) for x in part]) for part in parts))
+        tokens, parent, valid = (jnp.concatenate([x.astype(part[0].dtype) for x in part]) for part in parts)
+        return Draft(tokens, parent, valid)

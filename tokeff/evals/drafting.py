@@ -87,13 +87,21 @@ def drafted(method: str, setting: str = "scaled", *, name: str = "", row: Drafte
 
 
 def entries(methods: Sequence[Method], setting: str = "scaled", row: Drafted | None = None) -> tuple[Drafted, ...]:
-    """Every listed drafter under its settings of one kind. Under 'paper', those alone that differ from 'scaled', named by their drafts."""
+    """Every listed drafter under its settings of one kind. Under 'paper', those alone that differ from 'scaled', named by their drafts.
+
+    Left out, with a notice: drafters with settings that a search on the model finds and that have no defaults (`drafted` takes them).
+    """
     found = []
     for m in methods:
+        if setting == "paper" and m.published is None:
+            continue
+        if lacking := [name for name, value in m.settings(setting).items() if value is Parameter.empty and name != "cfg"]:
+            print(f"left out: {m.name} needs {', '.join(lacking)}; add a row drafted({m.name!r}, ...) that gives them", file=sys.stderr)
+            continue
         scaled = drafted(m.name, row=row)
         if setting == "scaled":
             found.append(scaled)
-        elif m.published is not None:
+        else:
             paper = drafted(m.name, setting, row=row)
             size = "paper" if paper.given else str(paper.decode.nodes - 1)
             found += [replace(paper, method=f"{m.name} {size}")] if paper != scaled else []
@@ -186,7 +194,9 @@ class Drafting(Experiment):
         m = load(self.model)
         if any(row.calibrated for row in self.rows) and (found := calibration.read(m.name)) is not None:
             found.check(m)
-        m = m if self.draft is None else m.attach(draft=load(self.draft).params)
+        if self.draft is not None and (names := {getattr(row.decode, "name", "draft") for row in self.rows if row.weights}):
+            weights = load(self.draft).params
+            m = m.attach(**dict.fromkeys(sorted(names), weights))
         for row in self.rows:
             row.setup.check(m, [LONGEST], self.new)
         return Drafts(self, m)
