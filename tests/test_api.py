@@ -56,7 +56,7 @@ decode.lookahead_trie(nodes: 'int' = 16, length: 'int' = 10, query: 'int' = 2, w
 = 32) -> 'Trie'
 decode.measured_cost(path: 'str | Path', context: 'int | None' = None) -> 'tuple[tuple[int, float], ...]'
 decode.paced(drafter: 'Drafter' = PromptLookup(rule=Coupled(), length=10, ngram=3, latest=False), widths: 'tuple[int, ...]' = (1, 4, 8, \
-16), cost: 'tuple[tuple[int, float], ...]' = ((1, 1.0), (2, 1.3), (4, 1.4), (8, 1.6), (16, 2.1), (32, 3.2), (64, 5.5)), rate: 'float' = \
+16), cost: 'tuple[tuple[int, float], ...]' = ((1, 1.0), (2, 1.2), (4, 1.4), (8, 1.6), (16, 2.1), (32, 3.1), (64, 4.4)), rate: 'float' = \
 0.2, tries: 'int' = 8, rarest: 'int' = 64) -> 'Paced'
 decode.pearl(cfg: 'Config', length: 'int' = 4) -> 'Pearl'
 decode.plain() -> 'Plain'
