@@ -21,8 +21,6 @@ sys.path += [path for path in (str(ROOT / "tests"),) if path not in sys.path]
 import runs  # noqa: E402
 import tiny  # noqa: E402
 
-from tokeff.decode.draft import Drafter  # noqa: E402
-from tokeff.decode.paced import Paced  # noqa: E402
 from tokeff.errors import UserError  # noqa: E402
 from tokeff.generation import Setup  # noqa: E402
 from tokeff.kv import methods as kv  # noqa: E402
@@ -199,8 +197,8 @@ def some_heads(policy: Any) -> ByClass:
 
 
 PASSES = of("cut")
-DRAFTERS = of("decode", where=lambda d: type(d).fits is Drafter.fits or isinstance(d, Paced))
-SELF = of("decode", where=lambda d: not (type(d).fits is Drafter.fits or isinstance(d, Paced)))
+DRAFTERS = of("decode", where=lambda d: not d.own_layers)
+SELF = of("decode", where=lambda d: d.own_layers)
 PATTERNS, BLENDS = of("prefill", where=lambda p: not p.own_pass), of("prefill", where=lambda p: p.own_pass)
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 from tokeff.decode.draft import Drafter
 from tokeff.decode.draft_model import OwnModel
-from tokeff.decode.paced import Paced
 from tokeff.listing import Method, methods
 from tokeff.models.config import Config
 
@@ -109,7 +108,7 @@ def source(drafter: Drafter) -> str:
         return "another model"
     if drafter.nodes == 1:
         return "no drafts"
-    return "the text" if type(drafter).fits is Drafter.fits or isinstance(drafter, Paced) else "the model's layers"
+    return "the model's layers" if drafter.own_layers else "the text"
 
 
 def drafter(method: Method) -> tuple[str, ...]:

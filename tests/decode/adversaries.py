@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from tokeff.decode.draft import Draft, Drafter, last_token
+from tokeff.decode.draft import Chained, Draft, Drafter, last_token
 
 
 def tree_of(parents, tokens_BW) -> Draft:
@@ -35,19 +35,11 @@ class Garbage(Drafter):
 
 
 @dataclass(frozen=True)
-class Replay(Drafter):
+class Replay(Chained, Drafter):
     """A chain of what is known to come: text[b] is row b's prompt and answer."""
 
     text: tuple[tuple[int, ...], ...]
     length: int = 4
-
-    @property
-    def nodes(self) -> int:
-        return self.length + 1
-
-    @property
-    def depth(self) -> int:
-        return self.length
 
     def propose(self, state, tokens_BS, count_B) -> Draft:
         longest = max(map(len, self.text)) + self.length + 1

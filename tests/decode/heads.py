@@ -8,24 +8,16 @@ import numpy as np
 import tiny
 from adversaries import tree_of
 
-from tokeff.decode.draft import Drafter, last_token
+from tokeff.decode.draft import Chained, Drafter, last_token
 from tokeff.models.transformer import rms_norm
 
 
 @dataclass(frozen=True)
-class Probe(Drafter):
+class Probe(Chained, Drafter):
     """Head i names the token i + 2 behind the node whose features it reads: the last accepted one, as it left `layer`."""
 
     layer: int
     length: int
-
-    @property
-    def nodes(self) -> int:
-        return self.length + 1
-
-    @property
-    def depth(self) -> int:
-        return self.length
 
     @property
     def taps(self):

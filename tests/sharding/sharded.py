@@ -26,8 +26,7 @@ METHODS = {m.name: m for m in methods() if m.bare}
 
 def ordinary(m) -> bool:
     """Whether it decodes by the ordinary loop of the whole model, whose collectives can be counted."""
-    drafter = type(m.make()) if m.part == "decode" else Drafter
-    return drafter.drive is Drafter.drive and drafter.fits is Drafter.fits
+    return m.part != "decode" or (type(made := m.make()).drive is Drafter.drive and not made.own_layers)
 
 
 ORDINARY = tuple(name for name, m in METHODS.items() if ordinary(m))

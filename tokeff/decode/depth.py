@@ -163,6 +163,8 @@ class SkipDecode(Shallow):
     over: int = 64
     stairs: int | None = 4
 
+    own_layers: ClassVar[bool] = True
+
     def __post_init__(self):
         if self.over < 1 or self.warm < 0 or (self.stairs is not None and self.stairs < 2):
             raise UserError(f"over={self.over} must be 1 or more, warm={self.warm} 0, stairs={self.stairs} 2; least=1.0 skips nothing")

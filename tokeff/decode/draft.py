@@ -78,6 +78,7 @@ class Drafter:
     rule: Rule = field(default=COUPLED, kw_only=True)
 
     exact: ClassVar[bool] = True  # whether what it does beside proposing changes no token
+    own_layers: ClassVar[bool] = False  # whether it runs some of the model's layers by themselves
     taps: ClassVar[tuple[int, ...]] = ()  # layers whose output at every node `observe` wants
 
     @property
@@ -144,6 +145,20 @@ class Drafter:
         from tokeff.decode.loop import run
 
         return run(params, cfg, s, jnp.int32(steps), policy=policy, drafter=self, how=how, eos=eos)
+
+
+class Chained:
+    """What drafters of one chain of `length` drafts have in common; stands before `Drafter` among the bases."""
+
+    length: int
+
+    @property
+    def nodes(self) -> int:
+        return self.length + 1
+
+    @property
+    def depth(self) -> int:
+        return self.length
 
 
 def last_token(tokens_BS: jax.Array, count_B: jax.Array) -> jax.Array:

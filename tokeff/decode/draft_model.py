@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from tokeff.decode.draft import Draft, Drafter, Target, last_token
+from tokeff.decode.draft import Chained, Draft, Drafter, Target, last_token
 from tokeff.decode.grow import Grower, Levels
 from tokeff.decode.self_draft import check_coupled
 from tokeff.errors import UserError
@@ -30,7 +30,7 @@ FULL = Full()
 
 
 @dataclass(frozen=True)
-class OwnModel(Drafter):
+class OwnModel(Chained, Drafter):
     """Base class of drafters with a decoder of their own, whose weights are `params.side[name]`.
 
     cfg: its sizes.
@@ -39,14 +39,6 @@ class OwnModel(Drafter):
     cfg: Config
     length: int = 5
     name: str = field(default="draft", kw_only=True)
-
-    @property
-    def nodes(self) -> int:
-        return self.length + 1
-
-    @property
-    def depth(self) -> int:
-        return self.length
 
     def check(self, m) -> None:
         super().check(m)

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from tokeff.decode.draft import Draft, Drafter
+from tokeff.decode.draft import Chained, Draft, Drafter
 from tokeff.errors import UserError
 
 
 @dataclass(frozen=True)
-class PromptLookup(Drafter):
+class PromptLookup(Chained, Drafter):
     """Copy what followed an earlier occurrence of the last tokens (Saxena 2023). Tries the longest n-gram first.
 
     The published code takes the first occurrence; `latest=True` takes the last one.
@@ -25,14 +25,6 @@ class PromptLookup(Drafter):
     def __post_init__(self):
         if self.length < 1 or self.ngram < 1:
             raise UserError(f"length {self.length} and ngram {self.ngram} must be at least 1; use plain decoding for no drafts")
-
-    @property
-    def nodes(self) -> int:
-        return self.length + 1
-
-    @property
-    def depth(self) -> int:
-        return self.length
 
     def propose(self, state, tokens_BS, count_B) -> Draft:
         return jax.vmap(self._one)(tokens_BS, count_B)

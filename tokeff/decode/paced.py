@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -82,8 +82,6 @@ class Paced(Drafter):
     tries: int = 8
     rarest: int = 64
 
-    exact: ClassVar[bool] = True
-
     def __post_init__(self):
         if self.inner.nodes < 2 or isinstance(self.inner, Paced):
             raise UserError(f"{type(self.inner).__name__} drafts nothing to be cut; give a drafter, such as prompt_lookup()")
@@ -100,6 +98,10 @@ class Paced(Drafter):
     @property
     def lossless(self) -> bool:
         return self.inner.lossless
+
+    @property
+    def own_layers(self) -> bool:  # type: ignore[override]
+        return self.inner.own_layers
 
     @property
     def nodes(self) -> int:

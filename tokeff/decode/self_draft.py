@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from tokeff.decode.draft import Draft, Drafter, Target, last_token
+from tokeff.decode.draft import Chained, Draft, Drafter, Target, last_token
 from tokeff.decode.grow import Grower, Grown, Levels
 from tokeff.errors import UserError
 
@@ -25,6 +25,8 @@ class SelfDraft(Drafter):
     """
 
     coupled: bool = field(default=True, kw_only=True)
+
+    own_layers: ClassVar[bool] = True
 
     @property
     def drawn(self) -> bool:
@@ -53,7 +55,7 @@ def chain_parents(length: int, B: int) -> jax.Array:
 
 
 @dataclass(frozen=True)
-class EarlyExit(SelfDraft):
+class EarlyExit(Chained, SelfDraft):
     """The first `exit` layers and the model's own norm and head draft `length` tokens; the other layers verify (LayerSkip, Elhoushi et al.
     2024, section 4.3).
 
@@ -67,14 +69,6 @@ class EarlyExit(SelfDraft):
     def __post_init__(self):
         if self.exit < 1 or self.length < 1:
             raise UserError(f"exit {self.exit} and length {self.length} must be at least 1; use plain decoding for no drafts")
-
-    @property
-    def nodes(self) -> int:
-        return self.length + 1
-
-    @property
-    def depth(self) -> int:
-        return self.length
 
     def check(self, m) -> None:
         super().check(m)
