@@ -29,26 +29,7 @@ def asked(policy, drafter):
     return said, np.asarray(logits)
 
 
-def handled(policy) -> tuple:
-    """What tells caches apart that treat drafts in their own way: the policy, how it selects or evicts, and whether mass runs along."""
-    score = getattr(policy, "score", None)
-    mass = bool(getattr(policy, "evict", 0)) and score is not None and score.fade() is not None
-    return type(policy), type(getattr(policy, "selector", None)), bool(getattr(policy, "evict", 0)), mass
-
-
-def first_of_each() -> set[str]:
-    """The listed policies, one of each way: others differ from it in scores and budgets alone, which drafts do not touch."""
-    found: dict[tuple, str] = {}
-    for m in runs.METHODS:
-        if m.part == "kv":
-            found.setdefault(handled(runs.part(m.name, "fast")["kv"]), m.name)
-    return set(found.values())
-
-
-FIRST = first_of_each()
-
-
-@pytest.mark.parametrize("name", runs.listed("kv", where=lambda m: m.name in FIRST))
+@pytest.mark.parametrize("name", runs.listed("kv"))
 def test_a_question_after_drafts_is_answered_as_after_plain_decoding(name):
     policy = runs.part(name, "fast")["kv"]
     if reason := policy.drafts(RECYCLING.depth):

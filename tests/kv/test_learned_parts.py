@@ -79,9 +79,13 @@ def test_new_values_do_not_trace_again(given):
 def test_gates_of_one_are_the_model_itself(given):
     _, layers, order = given
     ones = tuple(jnp.ones(tiny.CFG.N) for _ in range(tiny.CFG.L))
-    flow, *_ = stack(tiny.params(), tiny.CFG, embed(tiny.params(), tiny.CFG, ROWS, order), layers, policy=Full())
-    dense = -jax.nn.log_softmax(unembed(tiny.params(), tiny.CFG, flow.x_BTD))[..., 7].mean()
-    assert float(loss(ones, layers, order)) == pytest.approx(float(dense), rel=1e-6)
+
+    @jax.jit  # as the gated one is: compiled apart, sums of 12.7 differ in their last two bits
+    def dense(layers):
+        flow, *_ = stack(tiny.params(), tiny.CFG, embed(tiny.params(), tiny.CFG, ROWS, order), layers, policy=Full())
+        return -jax.nn.log_softmax(unembed(tiny.params(), tiny.CFG, flow.x_BTD))[..., 7].mean()
+
+    assert float(loss(ones, layers, order)) == pytest.approx(float(dense(layers)), abs=1e-6)
 
 
 def test_a_model_folder_refuses_what_it_would_lose(tmp_path):
