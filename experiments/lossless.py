@@ -2,9 +2,11 @@
 
     python experiments/lossless.py                  # 200 prompts, 32 tokens each; about 5 minutes a drafter on 2 idle cores
     python experiments/lossless.py --runs 3         # three timings of each; the same tokens, steadier ratios
+    python experiments/lossless.py --only PromptLookup SWIFT
     python experiments/lossless.py --draft FOLDER   # drafters that run a draft model as well, with this one
 
-Settings are the scaled ones. Those of the papers, where they differ (trees of 60 drafts and more), are decoded for 4 prompts of each kind.
+Settings are the scaled ones. Those of the papers, where they differ (trees of 60 drafts and more), are decoded for 4 prompts of each kind
+(--papers).
 
 Writes experiments/results/lossless.json, and a row a prompt to lossless.jsonl beside it, from which an interrupted run goes on; it measures
 what is missing there, so a drafter that is listed later costs its own time alone.
@@ -32,6 +34,7 @@ import tokeff
 from tokeff.compat import forget_programs
 from tokeff.data.sources import PROMPT_KINDS, Prompt, prompts
 from tokeff.decode.draft import Drafter
+from tokeff.errors import UserError
 from tokeff.evals.comparison import compile_cache
 from tokeff.evals.continuations import Continuation, ids, read
 from tokeff.evals.drafting import Drafting, entries
@@ -41,13 +44,15 @@ from tokeff.listing import methods
 from tokeff.models.load import Model
 from tokeff.report.environment import cpu_model
 
-PAPER = 4  # prompts of each kind under the papers' settings
 RESULTS = Path(__file__).parent / "results"
 
 
-def drafters(model: str, draft: str | None = None, setting: str = "scaled") -> dict[str, Drafter]:
-    """Every listed lossless drafter under its settings of one kind, by name."""
+def drafters(model: str, draft: str | None = None, setting: str = "scaled", only: Sequence[str] = ()) -> dict[str, Drafter]:
+    """Every listed lossless drafter, or those named, under its settings of one kind, by name."""
     listed = [m for m in methods() if m.part == "decode" and m.lossless]
+    if unknown := set(only) - {m.name for m in listed}:
+        raise UserError(f"{min(unknown)!r} is no lossless drafter; give some of {', '.join(m.name for m in listed)}")
+    listed = [m for m in listed if m.name in only or not only]
     return {row.method: row.decode for row in Drafting("lossless", entries(listed, setting), model, draft).settled().rows}
 
 
@@ -161,18 +166,20 @@ def options() -> argparse.Namespace:
     p.add_argument("--draft", help="folder of a draft model, for drafters that run one")
     p.add_argument("--new", type=int, default=32, help="tokens a prompt (default: %(default)s)")
     p.add_argument("--runs", type=int, default=1, help="timings of each decoder (default: %(default)s)")
+    p.add_argument("--only", nargs="+", default=(), metavar="NAME", help="these drafters alone")
     p.add_argument("--limit", type=int, help="only so many prompts of each kind")
+    p.add_argument("--papers", type=int, default=4, help="prompts of each kind under the papers' settings (default: %(default)s)")
     p.add_argument("--out", type=Path, default=RESULTS / "lossless.json")
     return p.parse_args()
 
 
 def measured(m: Model, known: argparse.Namespace, wanted: Sequence[dict[str, Drafter]], facts: dict[str, Any]) -> list[dict[str, Any]]:
-    """A row a prompt, under scaled and the first `PAPER` of a kind under the papers' settings; what the file has is not measured again."""
+    """A row a prompt, under scaled and the first few of a kind under the papers' settings; what the file has is not measured again."""
     file = known.out.with_suffix(".jsonl")
     rows, warm = resumed(file, facts), set()
     chosen = [(f"{kind} {i}", i, p) for kind in PROMPT_KINDS for i, p in enumerate(prompts(kind)[: known.limit])]
     for key, i, prompt in tqdm(chosen, desc="prompts", disable=None):
-        if not (new := missing(rows.get(key, {}), wanted[0] | wanted[1] if i < PAPER else wanted[0])):
+        if not (new := missing(rows.get(key, {}), wanted[0] | wanted[1] if i < known.papers else wanted[0])):
             continue
         if forget_programs():
             warm.clear()
@@ -188,7 +195,7 @@ def measured(m: Model, known: argparse.Namespace, wanted: Sequence[dict[str, Dra
 def main() -> int:
     """Measure what is missing, write the summary, and return 1 if anything is not lossless."""
     known = options()
-    scaled, paper = wanted = [drafters(known.model, known.draft, setting) for setting in ("scaled", "paper")]
+    scaled, paper = wanted = [drafters(known.model, known.draft, setting, known.only) for setting in ("scaled", "paper")]
     hardware = {"cpu": cpu_model(), "cores": len(os.sched_getaffinity(0)), "device": jax.devices()[0].device_kind}
     facts = {"model": known.model, "draft": known.draft, "new": known.new, "runs": known.runs, "jax": jax.__version__, **hardware}
     known.out.parent.mkdir(parents=True, exist_ok=True)
@@ -203,4 +210,8 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except UserError as e:
+        print(e, file=sys.stderr)
+        sys.exit(2)

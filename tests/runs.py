@@ -21,11 +21,12 @@ from tokeff.kv.cache import Room
 from tokeff.kv.extend import _pack_one
 from tokeff.kv.keep import Keep
 from tokeff.kv.policy import Ask, Policy
-from tokeff.kv.prefill import Prompt, one_layer
+from tokeff.kv.prefill import Prompt
 from tokeff.listing import METHODS as LISTED
 from tokeff.models.config import Precision
 from tokeff.models.flow import Flow, Here
 from tokeff.models.load import Model
+from tokeff.models.transformer import one_layer
 
 STEPS = 6
 METHODS = tuple(m for m in LISTED if m.bare)  # drafters that run another model have tests of their own

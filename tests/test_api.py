@@ -47,6 +47,7 @@ decode.draft_model(cfg: 'Config', length: 'int' = 5, copies: 'int' = 1, tree: 't
 'bool' = True) -> 'DraftModel'
 decode.dynamic_exit(exits: 'tuple[int, ...]' = (4, 8, 12), lengths: 'tuple[int, ...]' = (2, 4, 6), every: 'int' = 8) -> 'DynamicExit'
 decode.early_exit(exit: 'int' = 8, length: 'int' = 6) -> 'EarlyExit'
+decode.equal_growth(cfg: 'Config', length: 'int' = 4, width: 'int' = 4, guesses: 'int' = 8, coupled: 'bool' = True) -> 'EqualGrowth'
 decode.ffn_skipllm(tau: 'float' = 0.98, head: 'Budget' = 0.5, tail: 'Budget' = 0.1, warm: 'int' = 4) -> 'FfnSkip'
 decode.find_skips(m: 'Model', ids: 'Sequence[int]', share: 'float' = 0.45, tail: 'int' = 50, *, tries: 'int' = 1000, good: 'float' = \
 0.93, patience: 'int' = 300, seed: 'int' = 0) -> 'Halves'

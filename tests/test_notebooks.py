@@ -31,6 +31,7 @@ def executed():
     found = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TOKEFF_NOTEBOOK_FAST", "1")
+        patch.delenv("XLA_FLAGS", raising=False)  # those of the tests compile fast and run slowly
         patch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))))
         for path in NOTEBOOKS:

@@ -21,7 +21,7 @@ from tokeff.kv.prefill import Prompt, prefill
 from tokeff.models.config import Block, Config, Params, Precision
 from tokeff.models.load import Model
 
-CFG = Config("tiny", V=61, D=32, F=48, L=4, N=4, K=2, H=8, max_len=256, tied=False)
+CFG = Config("tiny", V=61, D=32, F=48, L=3, N=4, K=2, H=8, max_len=256, tied=False)
 FULL, PLAIN = Full(), Plain()
 LENGTHS = (64, 51)
 NEW = 20
@@ -29,7 +29,7 @@ ROOM = Room(6)  # for given tokens, decoded one at a time
 TREE = ((0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0))
 SETTINGS = {
     "budget": 0.5, "window": 6, "sinks": 4, "layer": 1, "dense": (0,), "select": (1,), "recent": 8, "page": 4,
-    "length": 4, "ngram": 2, "tree": TREE, "lag": 8, "piece": 20, "ask": (3, 5), "judges": ((0, 3), (1,), (0, 3), (1,)),
+    "length": 4, "ngram": 2, "tree": TREE, "lag": 8, "piece": 20, "ask": (3, 5), "judges": ((0, 3), (1,), (0, 3)),
     "group": 8, "residual": 8, "every": 4, "logical": 2, "start": 16, "outliers": 0.125,
     "exit": 2, "exits": (1, 2), "lengths": (2, 4),
 }  # fmt: skip
@@ -48,8 +48,8 @@ OWN = {
     "LServe": {"budget": 0.6},  # room for the recent rows that drafts need
     "TopK": {"budget": 0.25},  # at half of the rows it loses nothing; nor does a vote
     "TokenSelect": {"budget": 0.3},
-    "RazorAttention": {"heads": ((0,), (), (1,), (0, 1))},
-    "DuoAttention": {"heads": ((0,), (), (1,), (0, 1))},
+    "RazorAttention": {"heads": ((0,), (), (0, 1))},
+    "DuoAttention": {"heads": ((0,), (), (0, 1))},
     "SmartSpec": {"drafter": PromptLookup(4, 2), "widths": (1, 3, 5)},
     "FFN-SkipLLM": {"tau": 0.5, "head": 1, "tail": 1, "warm": 2},
     "TOVA": {"budget": 0.6},  # at half, its sums over heads look like activations to the test that counts those
@@ -163,7 +163,7 @@ def start(prompt: Prompt, policy, drafter=PLAIN, *, cfg=CFG, new=NEW, how=GREEDY
 
 def go(s: Decoding, policy, drafter=PLAIN, *, cfg=CFG, dtype="float32", how=GREEDY, eos=(), steps=1000) -> Decoding:
     """Decode to the end, or for so many passes. Consumes `s`."""
-    return drafter.drive(params(cfg, dtype), cfg, s, steps, policy=policy, how=how, eos=eos)
+    return drafter.drive(params(cfg, dtype), cfg, s, steps, policy=policy.onward(), how=how, eos=eos)
 
 
 def decode(policy=FULL, drafter=PLAIN, rows=None, *, cfg=CFG, dtype="float32", cut=None, chunk=None, T=None, **options) -> Decoding:

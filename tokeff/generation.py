@@ -193,7 +193,7 @@ def decoding(
 def go(m: Model, s: Decoding, setup: Setup, steps: int, eos: tuple[int, ...]) -> Decoding:
     """At most `steps` more passes. Consumes `s`."""
     with beside(m.params):
-        return setup.decode.drive(m.params, m.cfg, s, steps, policy=setup.kv, how=setup.sampling, eos=eos)
+        return setup.decode.drive(m.params, m.cfg, s, steps, policy=setup.kv.onward(), how=setup.sampling, eos=eos)
 
 
 def new_tokens(s: Decoding) -> list[list[int]]:

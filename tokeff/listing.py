@@ -215,6 +215,10 @@ METHODS: tuple[Method, ...] = (
     Method("SmartSpec", "decode", "decode", decode.paced, True, papers.SMARTSPEC, published.SMARTSPEC, identity={}, config=_DECODE),
     Method("DraftModel", "decode", "decode", decode.draft_model, True, papers.SPECULATIVE, published.DRAFT, identity={}, config=_DECODE),
     Method("SpecTr", "decode", "decode", decode.spectr, True, papers.SPECTR, published.SPECTR, identity={}, config=_DECODE),
+    Method(
+        "Yggdrasil", "decode", "decode", decode.equal_growth, True, papers.YGGDRASIL, published.YGGDRASIL, identity={}, config=_DECODE,
+        reading=True,
+    ),
     Method("PEARL", "decode", "decode", decode.pearl, True, papers.PEARL, published.PEARL, identity={}, config=_DECODE),
     Method("RAPID", "decode", "decode", decode.rapid, False, papers.RAPID, published.RAPID, identity={"eta": 0.0}, config=_DECODE),
     Method(

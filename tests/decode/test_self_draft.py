@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from driven import SHORT, decode, model, plain, start
+from driven import SHORT, decode, ending, model, plain, start
 from heads import Probe
 from oracles.against import dense
 from oracles.float64 import float64_model
@@ -27,7 +27,7 @@ from tokeff.sparse.methods import tidaldecode
 
 pytestmark = [pytest.mark.core, pytest.mark.xdist_group("self-draft")]
 FULL, H2O, TIDAL = kv.full(), kv.h2o(0.5, evict=4), tidaldecode(0.5, (0,), (1,), 8)
-EXIT, SWIFT = EarlyExit(3, 4), Swift((1,), (2,), 3, 3, sure=0.3)
+EXIT, SWIFT = EarlyExit(2, 4), Swift((1,), (2,), 3, 3, sure=0.9)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -68,17 +68,20 @@ def test_prompt_of_one_token(drafter):
     assert same(FULL, drafter, SHORT)
 
 
-def test_end_of_sequence_inside_an_accepted_span():
-    eos = plain(FULL)[0][7]
+@pytest.mark.parametrize("drafter", [EXIT, SWIFT], ids=["exit", "swift"])
+def test_end_of_sequence_inside_an_accepted_span(drafter):
+    eos = ending(FULL, drafter)
     wanted = [row[: row.index(eos) + 1] if eos in row else row for row in plain(FULL)]
-    s = decode(FULL, EXIT, eos=(eos,))
+    s = decode(FULL, drafter, eos=(eos,))
     assert tiny.text(s) == wanted and s.done_B.all()
 
 
-def test_length_limits_of_rows():
-    s = start(FULL, EXIT).replace(limit_B=jnp.asarray([3, tiny.NEW], jnp.int32))
-    s = tiny.go(s, FULL, EXIT, dtype="float64")
-    assert tiny.text(s) == [plain(FULL)[0][:3], plain(FULL)[1]]
+@pytest.mark.parametrize("drafter", [EXIT, SWIFT], ids=["exit", "swift"])
+def test_length_limits_of_rows(drafter):
+    for limit in range(2, 9):
+        s = start(FULL, drafter).replace(limit_B=jnp.asarray([limit, tiny.NEW], jnp.int32))
+        s = tiny.go(s, FULL, drafter, dtype="float64")
+        assert tiny.text(s) == [plain(FULL)[0][:limit], plain(FULL)[1]]
 
 
 @pytest.mark.parametrize("policy", [FULL, H2O], ids=["full", "h2o"])
@@ -158,10 +161,9 @@ def test_agreement_counts_what_the_skipped_model_names():
 def test_the_search_finds_the_best_of_what_it_tries():
     ids = list(tiny.prompts()[0]) + plain(FULL)[0]
     found = find_skips(model(), ids, share=0.5, tail=19, tries=12, good=1.0)
-    assert sum(map(len, found)) == 2 and set(found[0]) | set(found[1]) <= {1, 2}
+    assert sum(map(len, found)) == 1 and set(found[0]) | set(found[1]) == {1}
     score = Agreement.of(model(), ids, 19)
-    pairs = [((1, 2), ()), ((), (1, 2)), ((1,), (1,)), ((1,), (2,)), ((2,), (1,)), ((2,), (2,))]
-    assert score(found) == max(map(score, pairs))
+    assert score(found) == max(map(score, [((1,), ()), ((), (1,))]))
     with pytest.raises(UserError, match="smaller tail"):
         find_skips(model(), ids[:40])
 
@@ -245,7 +247,7 @@ def test_heads_on_what_a_layer_puts_out():
 @pytest.mark.parametrize(
     ("drafter", "says"),
     [
-        (EarlyExit(4, 2), "exit=3 or less"), (DynamicExit((1, 5), (2,)), "exit=3 or less"), (Swift((4,), (), 2), "0 to 3"),
+        (EarlyExit(3, 2), "exit=2 or less"), (DynamicExit((1, 5), (2,)), "exit=2 or less"), (Swift((3,), (), 2), "0 to 2"),
         (Swift((1,), (), 2, candidates=62), "lower candidates"),
     ],
     ids=str,

@@ -1,7 +1,9 @@
 """Trees that suit measured rates and a measured cost: against trying every tree, and rates against a count on paper."""
 
+import importlib.util
 import itertools
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +12,8 @@ import pytest
 import tiny
 
 from tokeff.decode.draft import Result
-from tokeff.decode.recycling import TokenRecycling
-from tokeff.decode.shape import Watched, best_tree, chances, likeliest, measured_cost
+from tokeff.decode.recycling import TREE_16, TokenRecycling
+from tokeff.decode.shape import Watched, best_tree, chances, counts, likeliest, measured_cost, rate_of
 from tokeff.errors import UserError
 
 pytestmark = pytest.mark.core
@@ -76,3 +78,32 @@ def test_a_measured_cost_is_read_or_refused(tmp_path):
             file.write_text(text)
         with pytest.raises(UserError, match="verify-cost"):
             measured_cost(bad, None if text is not None else 4096)
+
+
+def test_rates_of_greedy_texts():
+    """Every pass asks about each rank below the root once, and drafts that were right are the tokens beyond one a pass."""
+    from runs import model
+
+    right, asked = counts(model(), tiny.prompts(), tiny.NEW, 2, 2)
+    passes = asked[0, 0]
+    assert (asked[0] == passes).all() and (asked[1] == right[0].sum()).all()
+    whole = len(tiny.LENGTHS) * (tiny.NEW - 1) - passes
+    assert whole <= right.sum() <= whole + 2 * len(tiny.LENGTHS)  # the last pass of a text may be right beyond its limit
+    assert right.sum() > 0 and (rate_of(right, asked) == np.maximum(right, 0.5) / asked).all()
+
+
+def default_tree():
+    path = Path(__file__).parents[2] / "experiments" / "default_tree.py"
+    spec = importlib.util.spec_from_file_location("default_tree", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.found()
+
+
+def test_the_default_tree_is_what_the_committed_measurements_say_of_it():
+    """On two cores no tree pays on all classes together. Of its size the default is nearly the best; a large one gives some more."""
+    found = default_tree()
+    whole = found["all"]
+    assert whole["tree"] == () and found["copy-heavy"]["tree"] == ((0,), (1,)) and found["copy-heavy"]["gain"] > 1
+    assert len(TREE_16) == 15 and [round(whole[name], 2) for name in ("default", "same_size", "large")] == [1.35, 1.37, 1.47]

@@ -225,15 +225,16 @@ def test_prompt_of_one_token_and_limits(double, name):
         assert tiny.text(s) == [plain(full)[0][:limit], plain(full)[1]]
 
 
-def test_end_of_sequence_inside_an_accepted_span(double):
-    full = POLICIES["full"]
-    s, made, text = started(full, LADE), [(1, 1)], plain(full)
+@pytest.mark.parametrize("name", DRAFTERS)
+def test_end_of_sequence_inside_an_accepted_span(double, name):
+    full, drafter = POLICIES["full"], DRAFTERS[name]
+    s, made, text = started(full, drafter), [(1, 1)], plain(full)
     while not s.done_B.all():
-        s = tiny.go(s, full, LADE, dtype="float64", steps=1)
+        s = tiny.go(s, full, drafter, dtype="float64", steps=1)
         made.append(s.made_B.tolist())
     spans = [(b, i) for before, after in zip(made, made[1:]) for b in range(2) for i in range(before[b], after[b] - 1)]
     eos = next(text[b][i] for b, i in spans if text[b][i] not in text[b][:i])
-    s = drafted(full, LADE, eos=(eos,))
+    s = drafted(full, drafter, eos=(eos,))
     assert tiny.text(s) == [row[: row.index(eos) + 1] if eos in row else row for row in text] and s.done_B.all()
 
 

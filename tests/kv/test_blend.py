@@ -22,7 +22,7 @@ from tokeff.reduce.methods import promptdistill
 
 pytestmark = [pytest.mark.core, pytest.mark.xdist_group("blend")]
 ATOL = 5e-4
-WINDOWED = dataclasses.replace(tiny.CFG, name="windowed", windows=(16, None, 16, None), local_rope=Rope(100.0))
+WINDOWED = dataclasses.replace(tiny.CFG, name="windowed", windows=(16, None, 16), local_rope=Rope(100.0))
 YARN = dataclasses.replace(tiny.CFG, name="yarn", rope=Rope(100.0, "yarn", factor=4.0, original_len=32, attention_factor=1.2))
 
 

@@ -19,10 +19,11 @@ from tokeff.kv.evidence import Evidence
 from tokeff.kv.extend import pack
 from tokeff.kv.keep import Keep
 from tokeff.kv.policy import Policy, Prefilled
-from tokeff.kv.prefill import Gather, one_layer
+from tokeff.kv.prefill import Gather
 from tokeff.listing import METHODS
 from tokeff.models.config import Config
 from tokeff.models.flow import Flow, Here
+from tokeff.models.transformer import one_layer
 from tokeff.reduce.methods import gemfilter
 from tokeff.sparse.methods import a_shape, quest
 

@@ -77,7 +77,7 @@ def test_what_is_lost_is_rank_and_rotation():
 
 @pytest.mark.parametrize(
     "changes",
-    [{"softcap": 3.0}, {"windows": (None, 20, None, 20)}, {"rope": Rope(kind="yarn", factor=4.0, original_len=64, attention_factor=1.3)}],
+    [{"softcap": 3.0}, {"windows": (None, 20, None)}, {"rope": Rope(kind="yarn", factor=4.0, original_len=64, attention_factor=1.3)}],
     ids=["softcap", "windows", "yarn"],
 )
 def test_full_rank_is_the_model_itself_whatever_its_attention(changes):

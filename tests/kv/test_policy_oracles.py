@@ -41,8 +41,8 @@ def small_keys(b):
     return lambda layer, head, order: -np.sqrt((seen[layer].k[order][head] ** 2).sum())
 
 
-HEADS = ((0,), (), (1,), (0, 1))
-JUDGES, ERRORS = ((0, 3), (1,), (2, 3), (0,)), (0.5, 0.3, 0.15, 0.05)
+HEADS = ((0, 1), (1,), ())
+JUDGES, ERRORS = ((0, 3), (1,), (2, 3)), (0.5, 0.3, 0.2)
 
 
 def own(layer):
@@ -105,9 +105,9 @@ def test_policy_equals_its_oracle(name):
 
 def test_oracles_differ():
     """The comparison means something: no two policies keep the same rows of this prompt."""
-    same = ("blocks", "lm-infinite", "pyramidkv, turned", "razor", "one entry")  # the rows of another entry
+    same = ("blocks", "lm-infinite", "pyramidkv, turned", "pyramidkv, rows", "razor", "one entry")  # the rows of another entry
     kept = {
-        name: tuple(tuple(caches(make)[0].kept(2, h)) for h in range(2))
+        name: tuple(tuple(caches(make)[0].kept(1, h)) for h in range(2))
         for name, (_, make) in CASES.items()
         if not any(word in name for word in same)
     }
@@ -142,7 +142,7 @@ def test_pyramid_layers_shrink_and_memory_with_them():
     for b, length in enumerate(tiny.LENGTHS):
         rows = [count[b] for count in counts]
         assert rows == sorted(rows, reverse=True) and rows[0] > 2 * rows[-1]
-        assert 4 * ceil(0.4 * length) - 4 < sum(rows) <= 4 * ceil(0.4 * length)
+        assert 3 * ceil(0.4 * length) - 3 < sum(rows) <= 3 * ceil(0.4 * length)
     for layer, count in zip(packed, counts, strict=True):
         assert layer.k_BKCH.shape[2] <= count[0] + 1 + 7
 
@@ -182,9 +182,9 @@ def test_one_budget_for_the_model_frees_memory():
     layers = read(policy.needs()).layers
     packed, planned = pack(policy, layers, Room(0), tiny.CFG), policy.plan(layers, tiny.CFG)
     counts = np.array([[[len(head) for head in row] for row in tiny.kept(policy, layer)] for layer in packed])
-    assert counts.sum(axis=(0, 2)).tolist() == [8 * ceil(0.3 * n) for n in tiny.LENGTHS]
+    assert counts.sum(axis=(0, 2)).tolist() == [6 * ceil(0.3 * n) for n in tiny.LENGTHS]
     assert len(set(counts[:, 0].sum(axis=1))) > 1 and [layer.pool.owner_BP.shape[1] for layer in packed] == list(planned.pages)
-    assert sum(planned.pages) * 4 <= counts.sum(axis=2).max(axis=1).sum() + 8 * (3 + 4)
+    assert sum(planned.pages) * 4 <= counts.sum(axis=2).max(axis=1).sum() + 6 * (3 + 4)
     assert planned.plan(layers, tiny.CFG) is planned
 
 

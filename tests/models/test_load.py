@@ -41,7 +41,7 @@ def test_no_network_for_a_repo_id(monkeypatch, one_line):
 def test_missing_preset_is_fetched_with_a_notice(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TOKEFF_CACHE", str(tmp_path))
     monkeypatch.setattr("tokeff.models.fetch.fetch", lambda name: tmp_path / name)
-    assert module._preset("smollm2-135m") == tmp_path / "smollm2-135m"
+    assert module.preset_file("smollm2-135m") == tmp_path / "smollm2-135m"
     assert "fetching smollm2-135m" in capsys.readouterr().err
 
 

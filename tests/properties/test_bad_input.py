@@ -90,7 +90,7 @@ def test_a_pass_that_lets_one_row_through(name):
 
 NO_ROW = {
     "a layer of a pyramid": Pyramid(1, KeyNorm()),
-    "a layer of no importance": ByImportance(2, KeyNorm(), importance=(0.0, 0.0, 0.0, 1.0)),
+    "a layer of no importance": ByImportance(2, KeyNorm(), importance=(0.0, 0.0, 1.0)),
     "a head whose scores are lowest": kv.adakv(1, window=1, floor=0.0, page=4),
     "a class without heads": ByClass(kv.snapkv(0.5, 6), kv.recent_rows(0.5), ((),)),
     "all classes but one": ByClass(kv.snapkv(0.5, 6), kv.recent_rows(0.5), ((0, 1),)),

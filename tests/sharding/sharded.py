@@ -89,11 +89,18 @@ def begun(m: Model, name: str, rows=None) -> tuple[Prompt, Decoding]:
     return prompt, start(m, prompt, setup(name), NEW)
 
 
+@cache
+def begun_apart(name: str) -> tuple[Prompt, Decoding]:
+    """`begun` on data=2 x model=4. Do not go on from it: it is shared."""
+    return begun(placed(8, 2, 4), name)
+
+
 def generated(m: Model, name: str, rows=None) -> tuple[Prompt, Decoding]:
     """(the prefilled prompts, the state after NEW tokens)."""
-    prompt, s = begun(m, name, rows)
     if rows is None and m is placed(8, 2, 4) and type(setup(name).decode).drive is Drafter.drive:
-        return prompt, loop(name)(m.params, s, jnp.int32(NEW))  # what `go` would compile again
+        prompt, s = begun_apart(name)
+        return prompt, loop(name)(m.params, jax.tree.map(jnp.copy, s), jnp.int32(NEW))  # what `go` would compile again
+    prompt, s = begun(m, name, rows)
     return prompt, go(m, s, setup(name), NEW, ())
 
 
@@ -101,15 +108,15 @@ def generated(m: Model, name: str, rows=None) -> tuple[Prompt, Decoding]:
 def loop(name: str) -> jax.stages.Compiled:
     """The decode loop on data=2 x model=4."""
     m, parts = placed(8, 2, 4), setup(name)
-    args = dict(policy=parts.kv, drafter=parts.decode, how=parts.sampling, eos=())
+    args = dict(policy=parts.kv.onward(), drafter=parts.decode, how=parts.sampling, eos=())
     with sharding.beside(m.params):
-        return run.lower(m.params, m.cfg, begun(m, name)[1], jnp.int32(NEW), **args).compile()
+        return run.lower(m.params, m.cfg, begun_apart(name)[1], jnp.int32(NEW), **args).compile()
 
 
 @cache
 def sent(name: str) -> tuple[list[Collective], Decoding]:
     """(every collective of that loop, the state that goes into it)."""
-    return collectives(loop(name).as_text()), begun(placed(8, 2, 4), name)[1]
+    return collectives(loop(name).as_text()), begun_apart(name)[1]
 
 
 @cache

@@ -37,7 +37,7 @@ def test_overlaps_and_importance_equal_their_definition(facts):
     assert all(np.allclose(np.diagonal(mine[i, i]), 1) for i in range(tiny.CFG.L))
 
 
-@pytest.mark.parametrize(("count", "dense"), [(1, (0,)), (2, (0,)), (2, ()), (3, (0,)), (4, ())])
+@pytest.mark.parametrize(("count", "dense"), [(1, (0,)), (2, (0,)), (2, ()), (3, ())])
 def test_the_search_equals_trying_every_set(facts, count, dense):
     select, heads = anchors(M, TEXTS, count, BUDGET, dense, RECENT, LAST)
     assert (select, heads) == anchoring.search(*facts, count, dense)

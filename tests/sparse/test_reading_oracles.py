@@ -70,7 +70,7 @@ def test_double_sparsity_with_calibrated_channels():
     policy = sparse.double_sparsity(0.5, channels=found, dense=(0,), recent=8)
     agree(policy, caches(oracle.DoubleSparsity, lambda n: n - 8, recent=8, dense=(0,), channels=wanted))
     with pytest.raises(UserError, match="calibrate"):
-        policy.check(dataclasses.replace(tiny.CFG, L=3, windows=(None,) * 3), 64)
+        policy.check(dataclasses.replace(tiny.CFG, L=2, windows=(None,) * 2), 64)
 
 
 def test_every_calibration_text_counts_the_same():

@@ -22,7 +22,7 @@ def test_the_search_finds_the_pattern_that_loses_least():
 
 
 def test_what_it_finds_fits_the_method():
-    near, blocks = AShape(8, 0, 4, 16), TopBlocks(8, 0, 3)
+    near, blocks = AShape(8, 0, 8, 24), TopBlocks(8, 0, 4)
     heads = search(MODEL, tiny.prompts()[0], (near, blocks))
     assert len({i for row in heads for i in row}) == 2, "random heads should not all agree"
     found = sparse.PerHead(8, 0, (near, blocks), heads)

@@ -65,7 +65,7 @@ def tiny_drafter():
 
 def test_retrieval_heads_over_pages_beside_streaming_heads():
     """DuoAttention's heads: those that fetch select pages, the others keep sinks and recent rows."""
-    heads = ((0,), (1,), (0, 1), ())
+    heads = ((0,), (0, 1), ())
     policy = ByClass(sparse.quest(0.5, page=4, dense=(), recent=4), kv.streaming_llm(0.25, evict=0), heads)
     policy.check(tiny.CFG, tiny.LENGTHS[0])
     prompt = tiny.read(policy)

@@ -66,7 +66,7 @@ class Loop:
         tokens, logits = jnp.zeros((1, n), jnp.int32), jnp.zeros((1, m.cfg.V), jnp.float32)
         self.start = decoding(self.layers, tokens, length, length, logits, setup, steps + 1, 0, ())
         self.params, self.steps, self.read = m.params, jnp.int32(steps), read_bytes(setup, self.layers, m.cfg)
-        args = dict(policy=policy, drafter=setup.decode, how=setup.sampling, eos=())
+        args = dict(policy=policy.onward(), drafter=setup.decode, how=setup.sampling, eos=())
         self.program = run.lower(m.params, m.cfg, self.start, self.steps, **args).compile()
 
     def __call__(self) -> float:

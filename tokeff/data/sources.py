@@ -17,9 +17,12 @@ from tokeff.errors import UserError, nearest
 
 PROSE = "northanger_abbey"
 CALIBRATION = "persuasion"
-"""For methods that are calibrated: no task reads it, and it shares no eight words in a row with what they read."""
+"""For methods that are calibrated and models that are trained: no task reads it, and it shares no eight words in a row with what they
+read."""
 CODE = "stdlib"
-SOURCES = (PROSE, CALIBRATION, CODE)
+TRAINING_CODE = "stdlib_training"
+"""Other files of the standard library, for models that are trained: no evaluation reads them."""
+SOURCES = (PROSE, CALIBRATION, CODE, TRAINING_CODE)
 STDLIB_FILES = (
     "argparse.py",
     "ast.py",
@@ -35,6 +38,20 @@ STDLIB_FILES = (
     "textwrap.py",
 )
 """Files of the standard library that Python 3.11 to 3.14 all have, in the order they are read."""
+TRAINING_FILES = (
+    "bdb.py",
+    "cmd.py",
+    "contextlib.py",
+    "copy.py",
+    "queue.py",
+    "random.py",
+    "sched.py",
+    "shlex.py",
+    "socketserver.py",
+    "timeit.py",
+    "wave.py",
+    "weakref.py",
+)
 PROMPT_KINDS = ("prose", "code", "chat", "copy", "summarise")
 COPY_HEAVY = 0.7
 """The share of its 8-grams that a continuation must have from its prompt, for the prompt to be one of `copy_heavy`."""
@@ -70,7 +87,7 @@ def text(source: str = PROSE) -> str:
     """Return the whole text of a source, white space at the ends removed.
 
     Prose is unwrapped: one line a paragraph, an empty line between paragraphs, no chapter headings. The text of
-    'stdlib' is that of the running Python, so figures measured on it belong to one Python version.
+    'stdlib' and 'stdlib_training' is that of the running Python, so figures measured on it belong to one Python version.
     Raises UserError for an unknown source or an unreadable file.
     """
     return "".join(pieces(source)).strip()
@@ -79,8 +96,8 @@ def text(source: str = PROSE) -> str:
 @functools.lru_cache(maxsize=8)
 def pieces(source: str = PROSE) -> tuple[str, ...]:
     """Return the sentences of prose or the lines of code of a source, each with its white space in front."""
-    if source == CODE:
-        return tuple(_code_lines(_stdlib()))
+    if source in (CODE, TRAINING_CODE):
+        return tuple(_code_lines(_stdlib(STDLIB_FILES if source == CODE else TRAINING_FILES)))
     if source in (PROSE, CALIBRATION):
         raw = (_TEXT / f"{source}.txt").read_text(encoding="utf-8")
     elif source.endswith(".txt"):
@@ -122,13 +139,13 @@ def _read(path: pathlib.Path) -> str:
         raise UserError(f"{path} is not UTF-8; save it as UTF-8") from error
 
 
-def _stdlib() -> str:
-    """Return the chosen files of the installed standard library, one after another."""
+def _stdlib(files: tuple[str, ...]) -> str:
+    """Return these files of the installed standard library, one after another."""
     folder = pathlib.Path(sysconfig.get_paths()["stdlib"])
-    missing = [name for name in STDLIB_FILES if not (folder / name).is_file()]
+    missing = [name for name in files if not (folder / name).is_file()]
     if missing:
         raise UserError(f"this Python has no source of {missing[0]}; use a Python installed with its library sources")
-    return "\n\n".join((folder / name).read_text(encoding="utf-8").strip() for name in STDLIB_FILES)
+    return "\n\n".join((folder / name).read_text(encoding="utf-8").strip() for name in files)
 
 
 def _sentences(raw: str) -> list[str]:

@@ -20,7 +20,7 @@ from tokeff.errors import UserError
 from tokeff.kv.budget import Budget, most_rows
 from tokeff.models.attention import wide
 from tokeff.models.flow import EMPTY, Flow, Here
-from tokeff.models.transformer import block, stack
+from tokeff.models.transformer import alike, one_layer, stack
 
 if TYPE_CHECKING:
     from tokeff.models.config import Block
@@ -98,8 +98,8 @@ class FfnSkip(Shallow):
         cfg, layers, across, ran = target.cfg, list(s.layers), None, jnp.int32(0)
         gone_BT, skips_BT = flow.order_BT == EMPTY, jnp.zeros(flow.order_BT.shape, bool)
         for i, w in enumerate(target.params.blocks):
-            here = Here(i, cfg)
-            flow, layers[i], across = block(
+            here = Here(alike(target.policy, None, cfg, i), cfg)
+            flow, layers[i], across = one_layer(
                 w, flow, layers[i], s.accepted, across, policy=target.policy, cut=None, here=here, halves=(True, False)
             )
             x, fed = flow.x_BTD, partial(feed, w, flow, here, target.policy)
@@ -115,7 +115,7 @@ class FfnSkip(Shallow):
 
 def feed(w: Block, flow: Flow, here: Here, policy, x_BTD: jax.Array) -> jax.Array:
     """x_BTD behind the feed-forward half of a layer."""
-    return block(w, flow.replace(x_BTD=x_BTD), None, None, None, policy=policy, cut=None, here=here, halves=(False, True))[0].x_BTD
+    return one_layer(w, flow.replace(x_BTD=x_BTD), None, None, None, policy=policy, cut=None, here=here, halves=(False, True))[0].x_BTD
 
 
 def cosine(a_BTD: jax.Array, b_BTD: jax.Array) -> jax.Array:

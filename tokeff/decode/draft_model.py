@@ -11,7 +11,7 @@ import numpy as np
 from flax import struct
 
 from tokeff.decode.draft import Chained, Draft, Drafter, Target, last_token
-from tokeff.decode.grow import Grower, Levels
+from tokeff.decode.grow import Grower, Grown, Levels
 from tokeff.decode.self_draft import check_coupled
 from tokeff.errors import UserError
 from tokeff.kv.cache import Room, Rows
@@ -78,11 +78,85 @@ class OwnCache(struct.PyTreeNode):
 
 
 @dataclass(frozen=True)
-class DraftModel(OwnModel):
+class OwnTree(OwnModel):
+    """Base class of drafters whose own model makes a tree level by level (decode/grow.py). Its cache holds every row. Of a draft it runs
+    all levels but the last; after one of whose last level a node was accepted it reads one token more.
+
+    coupled: the draft model names tokens with the target's noise, which `Coupled` may judge; else without.
+    """
+
+    coupled: bool = field(default=True, kw_only=True)
+
+    @property
+    def levels(self) -> Levels:
+        raise NotImplementedError
+
+    @property
+    def nodes(self) -> int:
+        return self.levels.nodes
+
+    @property
+    def depth(self) -> int:
+        return self.levels.depth
+
+    @property
+    def rows(self) -> int:
+        """Draft rows of its own cache: a token not read yet, the root, and the levels that run."""
+        return 2 + (self.depth - 1) * self.levels.T
+
+    @property
+    def kept(self) -> int:
+        """How many guesses it keeps at each node."""
+        raise NotImplementedError
+
+    def check(self, m) -> None:
+        super().check(m)
+        check_coupled(self, self.coupled)
+        if self.kept > m.cfg.V:
+            raise UserError(f"the tree takes {self.kept} guesses of a vocabulary of {m.cfg.V}; let it take fewer")
+
+    def prepare(self, m, tokens_BT, length_B, new) -> OwnCache:
+        return OwnCache(self.read(m, tokens_BT, length_B, new, draft=self.rows), jnp.zeros_like(length_B))
+
+    def grower(self, s: Decoding, target: Target, kind: type[Grower] = Grower) -> Grower:
+        root_B, own = s.count_B - 1, (target.params.side or {})[self.name]
+        return kind(
+            own, self.cfg, FULL, target.how, self.levels, s.key_B, root_B - s.drafter.gone_B, root_B - s.gone_B, s.done_B, self.rows,
+            drawn=self.drawn, coupled=self.coupled, guesses=self.kept, before=1,
+        )  # fmt: skip
+
+    def parents(self, g: Grown) -> jax.Array:
+        """parent_BW of the nodes that exist."""
+        return jnp.broadcast_to(jnp.asarray(self.levels.parents(), jnp.int32), (g.tokens_BW.shape[0], self.nodes))
+
+    def draft(self, s: Decoding, target: Target) -> tuple[Draft, Decoding]:
+        grower, (accepted, unread) = self.grower(s, target), self.taken(s)
+        g = grower.plant(s.drafter.layers, last_token(s.tokens_BS, s.count_B), accepted, unread)
+        g = grower.grow(g, self.depth - 1)
+        at = np.array(self.levels.at())
+        logq = None if g.logq_BWV is None else g.logq_BWV[:, at]
+        draft = Draft(g.tokens_BW[:, at], self.parents(g), g.valid_BW[:, at], logq)
+        return draft, s.replace(drafter=s.drafter.replace(layers=g.layers))
+
+    def taken(self, s: Decoding) -> tuple[Accepted, tuple[jax.Array, jax.Array]]:
+        """(which rows of the last draft became real, in its own cache's numbers; the token behind them that has no row yet, and its order,
+        EMPTY for none)."""
+        path, count = s.accepted.path_BW[:, : self.depth + 1], s.accepted.count_B
+        own = jnp.asarray(self.levels.at(), jnp.int32)[path]
+        has_row = (own < self.levels.start(self.depth)) & (jnp.arange(self.depth + 1) < count[:, None])
+        held = has_row.sum(axis=1, dtype=jnp.int32)
+        # The row before the root comes first; where there was none it is EMPTY.
+        own = jnp.pad(own[:, : self.depth] + 1, ((0, 0), (1, self.rows - 1 - self.depth)))
+        before = jnp.maximum(s.count_B[:, None] - 2, 0)
+        order = jnp.where((held < count)[:, None] & ~s.done_B[:, None], before - s.drafter.gone_B[:, None], EMPTY)
+        token = jnp.take_along_axis(s.tokens_BS, before, axis=1)
+        return Accepted(own, jnp.where(count > 0, 1 + held, 0)), (token, order)
+
+
+@dataclass(frozen=True)
+class DraftModel(OwnTree):
     """Another decoder drafts (Leviathan et al. 2023; Chen et al. 2023): a chain of `length`; `copies` of it, drawn independently, which a
     rule for several drafts takes (SpecTr, SpecInfer); or a `tree` of its best guesses, nodes as paths of ranks, which fixes the length.
-
-    Its own cache holds every row. Of a draft it runs all but the last level; after one that was wholly accepted it reads one token more.
 
     coupled: a draft is the token that the draft model draws with the target's noise, and a tree has its next best ones too; `Coupled` may
     judge that. Else chains are drawn with their own noise and carry their law, and a tree has the most probable tokens. Both models warp
@@ -91,7 +165,6 @@ class DraftModel(OwnModel):
 
     copies: int = 1
     tree: tuple[tuple[int, ...], ...] | None = None
-    coupled: bool = field(default=True, kw_only=True)
 
     def __post_init__(self):
         if self.length < 1 or self.copies < 1:
@@ -105,52 +178,9 @@ class DraftModel(OwnModel):
         return Levels.chains(self.length, self.copies) if self.tree is None else Levels.of(self.tree)
 
     @property
-    def nodes(self) -> int:
-        return self.levels.nodes
-
-    @property
-    def depth(self) -> int:
-        return self.levels.depth
+    def kept(self) -> int:
+        return 1 if self.drawn else self.levels.guesses
 
     @property
     def drawn(self) -> bool:
         return not self.coupled and self.tree is None
-
-    @property
-    def rows(self) -> int:
-        """Draft rows of its own cache: a token not read yet, the root, and the levels that run."""
-        return 2 + (self.depth - 1) * self.levels.T
-
-    def check(self, m) -> None:
-        super().check(m)
-        check_coupled(self, self.coupled)
-        if self.levels.guesses > m.cfg.V:
-            raise UserError(f"the tree takes {self.levels.guesses} guesses of a vocabulary of {m.cfg.V}; give lower ranks")
-
-    def prepare(self, m, tokens_BT, length_B, new) -> OwnCache:
-        return OwnCache(self.read(m, tokens_BT, length_B, new, draft=self.rows), jnp.zeros_like(length_B))
-
-    def draft(self, s: Decoding, target: Target) -> tuple[Draft, Decoding]:
-        levels, root_B, own = self.levels, s.count_B - 1, (target.params.side or {})[self.name]
-        grower = Grower(
-            own, self.cfg, FULL, target.how, levels, s.key_B, root_B - s.drafter.gone_B, root_B - s.gone_B, s.done_B, self.rows,
-            drawn=self.drawn, coupled=self.coupled, guesses=1 if self.drawn else levels.guesses, before=1,
-        )  # fmt: skip
-        accepted, unread = self.taken(s)
-        g = grower.plant(s.drafter.layers, last_token(s.tokens_BS, s.count_B), accepted, unread)
-        g = grower.grow(g, levels.depth - 1)
-        at = np.array(levels.at())
-        parent = jnp.broadcast_to(jnp.asarray(levels.parents(), jnp.int32), (root_B.shape[0], self.nodes))
-        logq = None if g.logq_BWV is None else g.logq_BWV[:, at]
-        return Draft(g.tokens_BW[:, at], parent, g.valid_BW[:, at], logq), s.replace(drafter=s.drafter.replace(layers=g.layers))
-
-    def taken(self, s: Decoding) -> tuple[Accepted, tuple[jax.Array, jax.Array]]:
-        """(which rows of the last draft became real, in its own cache's numbers; the token behind them that has no row yet, and its order,
-        EMPTY for none)."""
-        path, count, depth = s.accepted.path_BW, s.accepted.count_B, self.depth
-        own = jnp.asarray([place + 1 for place in self.levels.at()], jnp.int32)[path[:, :depth]]
-        own = jnp.pad(own, ((0, 0), (1, self.rows - 1 - depth)))  # the row before the root comes first; where there was none it is EMPTY
-        before = jnp.maximum(s.count_B[:, None] - 2, 0)
-        order = jnp.where((count == depth + 1)[:, None] & ~s.done_B[:, None], before - s.drafter.gone_B[:, None], EMPTY)
-        token = jnp.take_along_axis(s.tokens_BS, before, axis=1)
-        return Accepted(own, jnp.where(count > 0, 1 + jnp.minimum(count, depth), 0)), (token, order)

@@ -189,6 +189,7 @@ class Grower:
         )  # fmt: skip
 
     def orders(self, valid_BT, level) -> jax.Array:
+        """order_BT of rows so far below the root: one number for all, or one for each."""
         return jnp.where(valid_BT & ~self.done_B[:, None], self.root_B[:, None] + level, EMPTY)
 
     def grow(self, g: Grown, upto: int) -> Grown:
@@ -236,10 +237,17 @@ class Grower:
         """The rows of the level just named."""
         start, T = self.levels.start(g.level), self.levels.T
         token, valid = (jax.lax.dynamic_slice_in_dim(x, start, T, axis=1) for x in (g.tokens_BW, g.valid_BW))
-        sees = jax.lax.dynamic_slice_in_dim(jnp.asarray(self.levels.sees()), start, T)
-        sees = jnp.pad(sees, ((0, 0), (self.before, 0)), constant_values=True)
-        among = jnp.broadcast_to(sees, (len(token), *sees.shape))
+        among = jnp.pad(self.sight(g), ((0, 0), (0, 0), (self.before, 0)), constant_values=True)
         nothing = Accepted.nothing(len(token), self.room)
-        x, layers, taps = self.call(g.layers, token, self.orders(valid, g.level), among, self.before + start, nothing)
+        x, layers, taps = self.call(g.layers, token, self.orders(valid, self.deep(g)), among, self.before + start, nothing)
         taps = {i: jax.lax.dynamic_update_slice_in_dim(g.taps_BWD[i], y, start, axis=1) for i, y in taps.items()}
         return g.replace(level=g.level + 1, layers=layers, x_BTD=x, taps_BWD=taps)
+
+    def deep(self, g: Grown) -> jax.Array:
+        """How far below the root the rows of the level just named stand."""
+        return g.level
+
+    def sight(self, g: Grown) -> jax.Array:
+        """sees_BTW of these rows: the nodes above each, and itself."""
+        sees = jax.lax.dynamic_slice_in_dim(jnp.asarray(self.levels.sees()), self.levels.start(g.level), self.levels.T)
+        return jnp.broadcast_to(sees, (g.tokens_BW.shape[0], *sees.shape))

@@ -6,6 +6,7 @@ from tokeff.decode.depth import FfnSkip, SkipDecode
 from tokeff.decode.draft import Drafter, Plain
 from tokeff.decode.draft_model import DraftModel
 from tokeff.decode.dynamic_exit import DynamicExit
+from tokeff.decode.equal_growth import EqualGrowth
 from tokeff.decode.jacobi import Lookahead
 from tokeff.decode.lookup import PromptLookup
 from tokeff.decode.lossy import Rapid
@@ -36,7 +37,9 @@ def prompt_lookup(length: int = 10, ngram: int = 3, latest: bool = False) -> Pro
 
 
 def token_recycling(tree: tuple[tuple[int, ...], ...] = TREE_16, rank: int = 8) -> TokenRecycling:
-    """Token Recycling (Luo et al. 2024): a static tree over each token's last seen successors."""
+    """Token Recycling (Luo et al. 2024): a static tree over each token's last seen successors.
+
+    The default tree is a compromise between machines; experiments/default_tree.py says which tree pays where, and `best_tree` on yours."""
     return TokenRecycling(tree, rank)
 
 
@@ -113,6 +116,13 @@ def draft_model(
 ) -> DraftModel:  # fmt: skip
     """A draft model (Leviathan et al. 2023), attached beside the target: draft_model(d.cfg) on m.attach(draft=d.params)."""
     return DraftModel(cfg, length, copies=copies, tree=tree, coupled=coupled)
+
+
+def equal_growth(cfg: Config, length: int = 4, width: int = 4, guesses: int = 8, coupled: bool = True) -> EqualGrowth:
+    """Yggdrasil's equal-growth tree (Guan et al. 2025): in each step a draft model adds as many nodes, wherever it is surest.
+
+    Attached beside the target: equal_growth(d.cfg) on m.attach(draft=d.params)."""
+    return EqualGrowth(cfg, length, width, guesses, coupled=coupled)
 
 
 def pearl(cfg: Config, length: int = 4) -> Pearl:

@@ -98,8 +98,8 @@ class Watched(Drafter):
         return self.inner.depth
 
     def init(self, B: int, V: int) -> Watch:
-        zero = jnp.zeros((B, self.depth, self.inner.rank))
-        return Watch(self.inner.init(B, V), zero, zero)
+        right, asked = (jnp.zeros((B, self.depth, self.inner.rank)) for _ in range(2))  # the loop donates both
+        return Watch(self.inner.init(B, V), right, asked)
 
     def propose(self, state: Watch, tokens_BS, count_B) -> Draft:
         return self.inner.propose(state.inner, tokens_BS, count_B)
@@ -121,8 +121,18 @@ class Watched(Drafter):
 
 
 def rates(m: Model, prompts: Sequence[Sequence[int]], new: int = 64, depth: int = 5, rank: int = 8) -> np.ndarray:
-    """rate[d, r], measured with Token Recycling's full tree of few ranks at every depth, over greedy continuations of these prompts. A rank
-    that was never asked has the rate of the one before it at most; the smallest count is one half."""
+    """rate[d, r], measured with Token Recycling's full tree of few ranks at every depth, over greedy continuations of these prompts."""
+    return rate_of(*counts(m, prompts, new, depth, rank))
+
+
+def rate_of(right: np.ndarray, asked: np.ndarray) -> np.ndarray:
+    """Shares of counts. A rank that was never asked has the rate 0; where one was, the smallest count is one half."""
+    rate = right / np.maximum(asked, 1.0)
+    return np.where(asked > 0, np.maximum(rate, 0.5 / np.maximum(asked, 1.0)), 0.0)
+
+
+def counts(m: Model, prompts: Sequence[Sequence[int]], new: int, depth: int, rank: int) -> tuple[np.ndarray, np.ndarray]:
+    """(right[d, r], asked[d, r]): how often rank r was right d + 1 below the root, and how often its parent was."""
     from tokeff.generation import Setup, go, read, start
 
     tree = tuple(path for d in range(depth) for path in _full(d, rank))
@@ -132,8 +142,7 @@ def rates(m: Model, prompts: Sequence[Sequence[int]], new: int = 64, depth: int 
         s = go(m, start(m, read(m, [list(ids)], setup), setup, new), setup, new, ())
         right += np.asarray(s.drafter.right_BWY).sum(axis=0)
         asked += np.asarray(s.drafter.asked_BWY).sum(axis=0)
-    rate = right / np.maximum(asked, 1.0)
-    return np.where(asked > 0, np.maximum(rate, 0.5 / np.maximum(asked, 1.0)), 0.0)
+    return right, asked
 
 
 def _full(depth: int, rank: int) -> list[tuple[int, ...]]:

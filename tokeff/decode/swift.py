@@ -14,9 +14,9 @@ import numpy as np
 from tokeff.decode.draft import Draft, Target, last_token
 from tokeff.decode.self_draft import SelfDraft, chain_parents
 from tokeff.errors import UserError
-from tokeff.kv.prefill import Gather, Prompt, alike, prefill
+from tokeff.kv.prefill import Gather, Prompt, prefill
 from tokeff.models.flow import Here
-from tokeff.models.transformer import block, embed, unembed
+from tokeff.models.transformer import alike, block, embed, unembed
 
 if TYPE_CHECKING:
     from tokeff.decode.loop import Decoding

@@ -59,7 +59,7 @@ def cost(m: Model, prompt: Prompt, setup: Setup, new: int, runs: int = 1) -> tup
     cfg, steps = m.cfg, jnp.int32(new)
     layers = pack(setup.kv, prompt.layers, setup.room(new), cfg)
     state = setup.decode.prepare(m, prompt.tokens_BT, prompt.length_B, new)
-    args = dict(policy=setup.kv, drafter=setup.decode, how=setup.sampling, eos=())
+    args = dict(policy=setup.kv.onward(), drafter=setup.decode, how=setup.sampling, eos=())
 
     def begin() -> Decoding:
         # A copy, because the loop consumes its state in place.

@@ -20,10 +20,10 @@ from tokeff.errors import UserError
 from tokeff.kv.budget import best
 from tokeff.kv.evidence import Evidence, Seen
 from tokeff.kv.policy import Prefilled
-from tokeff.kv.prefill import Gather, Prompt, alike, blank, last_logits, one_layer, prefill, run_layers
+from tokeff.kv.prefill import Gather, Prompt, blank, last_logits, prefill, run_layers
 from tokeff.models.attention import flash
 from tokeff.models.flow import EMPTY, Accepted, Flow, Here
-from tokeff.models.transformer import block, embed, last_row, orders, project, rms_norm
+from tokeff.models.transformer import alike, block, embed, last_row, one_layer, orders, project, rms_norm
 from tokeff.sparse.pattern import Pattern
 
 if TYPE_CHECKING:

@@ -16,10 +16,10 @@ import jax.numpy as jnp
 from tokeff.errors import UserError
 from tokeff.kv.evidence import Evidence
 from tokeff.kv.policy import Policy, Prefilled, pad_slots
-from tokeff.kv.prefill import Gather, Prompt, alike, blank, close_gaps, last_logits, run_layers
+from tokeff.kv.prefill import Gather, Prompt, blank, close_gaps, last_logits, run_layers
 from tokeff.models.config import Config, Params
 from tokeff.models.flow import EMPTY, Here
-from tokeff.models.transformer import embed, last_row, orders
+from tokeff.models.transformer import alike, embed, last_row, orders
 
 
 def check_bounded(piece: int | None, policy: Policy, cut, pattern) -> None:

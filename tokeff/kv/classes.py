@@ -69,6 +69,9 @@ class ByClass(Policy):
     def by_head(self) -> str | None:
         return "its classes name heads of the whole layer"
 
+    def onward(self) -> Policy:
+        return dataclasses.replace(self, some=self.some.onward(), rest=self.rest.onward())
+
     def role(self, layer: int):
         return self.of(layer), self.some.role(layer), self.rest.role(layer)
 

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 
 from tokeff.kv.cache import Room
 from tokeff.kv.policy import Policy, Prefilled
-from tokeff.kv.prefill import alike, run_layers
+from tokeff.kv.prefill import run_layers
 from tokeff.models.config import Config, Params
 from tokeff.models.flow import EMPTY, Here
-from tokeff.models.transformer import block, embed, unembed
+from tokeff.models.transformer import alike, block, embed, unembed
 
 
 @partial(jax.jit, static_argnames=("policy", "room", "here"))
@@ -45,7 +45,7 @@ def extend(params: Params, cfg: Config, layers, tokens_BT: jax.Array, start_B: j
     ones see; others take them in one pass. After drafts, `settle` (decode/loop.py) first: rows that were accepted but not yet
     moved are not in the cache.
     """
-    T = tokens_BT.shape[1]
+    T, policy = tokens_BT.shape[1], policy.onward()
     t = jnp.arange(T, dtype=jnp.int32)[None]
     order = jnp.where(t < length_B[:, None], start_B[:, None] + t, EMPTY)
     if policy.chunk is not None and policy.chunk < T:

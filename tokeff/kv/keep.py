@@ -26,7 +26,7 @@ from tokeff.kv.cache import (
     write,
 )
 from tokeff.kv.evidence import Evidence
-from tokeff.kv.policy import Policy, Prefilled, append, pad_slots
+from tokeff.kv.policy import Full, Policy, Prefilled, append, pad_slots
 from tokeff.kv.read import read_rows
 from tokeff.kv.score import Scorer
 from tokeff.models.attention import combine, scores, softmax
@@ -140,6 +140,9 @@ class Keep(Policy):
         return take_rows(rows.k_BKSH, index_BKM)
 
     # -- decoding
+
+    def onward(self) -> Policy:
+        return self if self.evict else Full()
 
     def vacancy(self, layer: Rows) -> jax.Array | None:
         return None if layer.limit_B is None else layer.limit_B - layer.live_B

@@ -109,6 +109,11 @@ class Policy:
         default; a policy that keeps what sequences share once (kv/shared.py) gives new room, others had it when they packed."""
         return self.place(jax.tree.map(lambda x: jnp.repeat(fetch(x), times, axis=0), layers))
 
+    def onward(self) -> Policy:
+        """The policy that goes on from what this one packed: itself, or one that does the same to such caches and stands for many, so
+        that methods that differ in the prompt alone share the programs that decode."""
+        return self
+
     def attend(self, q, k, v, ask: Flow, new: Flow, layer, accepted: Accepted | None, across, here: Here):
         raise NotImplementedError
 

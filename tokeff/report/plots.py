@@ -86,13 +86,13 @@ def draw(rows: Sequence[dict[str, Any]], figure: Figure) -> Image | None:
             return _bars(_having(rows, figure.y), figure)
         case Curves():
             drawing = draw_curves(_having(rows, figure.x, figure.y), figure, AXES, PERCENT)
-            return drawing and _image(drawing, f"{figure.y}-{figure.x}-curves", figure.title, wide=True)
+            return drawing and as_image(drawing, f"{figure.y}-{figure.x}-curves", figure.title, wide=True)
         case Panels():
             drawing = draw_panels(_having(rows, figure.y, *([figure.x] if figure.x else [])), figure, AXES)
-            return drawing and _image(drawing, f"{figure.y}-{figure.x or 'bars'}-by-{figure.by}", figure.title, wide=True)
+            return drawing and as_image(drawing, f"{figure.y}-{figure.x or 'bars'}-by-{figure.by}", figure.title, wide=True)
         case Payoff():
             drawing = draw_payoff(rows, figure)
-            return drawing and _image(drawing, "payoff", figure.title, wide=True)
+            return drawing and as_image(drawing, "payoff", figure.title, wide=True)
 
 
 def _having(rows: Sequence[dict[str, Any]], *names: str) -> list[dict[str, Any]]:
@@ -137,7 +137,7 @@ def _scatter(rows: list[dict[str, Any]], figure: Scatter) -> Image | None:
     for panel, some in zip(panels, here):
         _names(panel, some, figure)
     title = figure.title or f"{figure.y} against {figure.x}"
-    return _image(drawing, f"{figure.y}-{figure.x}", title, wide=across > 1)
+    return as_image(drawing, f"{figure.y}-{figure.x}", title, wide=across > 1)
 
 
 def _points(panel: Axes, rows: list[dict[str, Any]], figure: Scatter) -> None:
@@ -218,7 +218,7 @@ def _lines(rows: list[dict[str, Any]], figure: Lines) -> Image | None:
     _legend(panel, rows)
     drawing.draw_without_rendering()
     _end_labels(panel, ends)
-    return _image(drawing, f"{figure.y}-{figure.x}", figure.title or f"{figure.y} against {figure.x}")
+    return as_image(drawing, f"{figure.y}-{figure.x}", figure.title or f"{figure.y} against {figure.x}")
 
 
 def _end_labels(panel: Axes, ends: list[tuple[float, float, str, str]], size: float = 8.5) -> None:
@@ -259,7 +259,7 @@ def _bars(rows: list[dict[str, Any]], figure: Bars) -> Image | None:
     panel.set_xlabel(AXES.get(figure.y, figure.y) + (f" (context {longest:g})" if longest else ""))
     panel.set_xlim(left - 0.1 * span if left < 0 else 0.0, right + 0.1 * span)
     _legend(panel, rows)
-    return _image(drawing, f"{figure.y}-bars", figure.title or figure.y)
+    return as_image(drawing, f"{figure.y}-bars", figure.title or figure.y)
 
 
 def strips(kept: Sequence[tuple[str, Kept]]) -> Image:
@@ -281,10 +281,10 @@ def strips(kept: Sequence[tuple[str, Kept]]) -> Image:
     bar = drawing.colorbar(panels[0].images[0], ax=list(panels), shrink=min(1.0, 3 / len(kept)), aspect=20, pad=0.01)
     bar.ax.set_ylabel("share of heads that kept the position", fontsize=8.5)
     bar.ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    return _image(drawing, "kept-tokens", "Which tokens each method kept", wide=True)
+    return as_image(drawing, "kept-tokens", "Which tokens each method kept", wide=True)
 
 
-def _image(drawing: Drawing, name: str, title: str, wide: bool = False) -> Image:
+def as_image(drawing: Drawing, name: str, title: str, wide: bool = False) -> Image:
     """Write a drawing in both formats, the same bytes for the same data."""
     png, svg = io.BytesIO(), io.BytesIO()
     drawing.savefig(png, format="png", metadata={"Software": None})

@@ -13,11 +13,11 @@ import numpy as np
 from tokeff.errors import UserError
 from tokeff.generation import encode
 from tokeff.kv.budget import Budget, most_rows
-from tokeff.kv.prefill import Gather, blank, one_layer
+from tokeff.kv.prefill import Gather, blank
 from tokeff.models.attention import flash, scores, softmax
 from tokeff.models.flow import Here
 from tokeff.models.load import Model
-from tokeff.models.transformer import embed, linear, orders, project, rms_norm
+from tokeff.models.transformer import embed, linear, one_layer, orders, project, rms_norm
 from tokeff.sharding import beside
 
 Heads = tuple[tuple[int, ...], ...]

@@ -57,7 +57,8 @@ class Representatives(Selector):
         order = in_pages(store.order_BKC, self.page, EMPTY)
         mass = in_pages(pad_slots(rows.evidence_BKS[Ask()], store.capacity, 2), self.page)
         B, K, P, _ = mass.shape
-        _, at = top_k(jnp.where(order == EMPTY, -jnp.inf, numbers(mass)), self.count, "BKPR")
+        first = jnp.where(jnp.isnan(mass), jnp.inf, mass)  # a row that is no number stands for its block, which then ranks last
+        _, at = top_k(jnp.where(order == EMPTY, -jnp.inf, first), self.count, "BKPR")
         slot = jnp.minimum(jnp.arange(P)[:, None] * self.page + at, store.capacity - 1).reshape(B, K, -1)
         key = here.rotate(take_rows(store.k_BKCH, slot), jnp.maximum(jnp.take_along_axis(store.order_BKC, slot, axis=2), 0), inverse=True)
         return Known(key.reshape(B, K, P, self.count, -1))

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 
 from tokeff.errors import UserError
 from tokeff.generation import encode, pad
-from tokeff.kv.prefill import Gather, blank, one_layer
+from tokeff.kv.prefill import Gather, blank
 from tokeff.models.attention import flash
 from tokeff.models.config import Config
 from tokeff.models.flow import Here
 from tokeff.models.load import Model
-from tokeff.models.transformer import embed, orders, project, rms_norm
+from tokeff.models.transformer import embed, one_layer, orders, project, rms_norm
 from tokeff.sparse.pattern import Pattern
 
 
