@@ -41,6 +41,12 @@ def listed(*kinds: str, where=lambda method: True) -> list:
     return [pytest.param(m.name, marks=pytest.mark.xdist_group(m.name)) for m in chosen]
 
 
+def ways_of_going_on(kind: str = "small") -> list:
+    """`listed` policies, one for each way of decoding: those that differ in what they keep of the prompt alone go on alike."""
+    first = {part(m.name, kind)["kv"].onward(): m.name for m in reversed(METHODS) if m.part == "kv"}
+    return listed("kv", where=lambda m: m.name in first.values())
+
+
 def method(name: str):
     return next(m for m in METHODS if m.name == name)
 

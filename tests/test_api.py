@@ -134,7 +134,7 @@ sparse.flexprefill(gamma: 'float' = 0.9, tau: 'float' = 0.1, most: 'int' = 16, v
 64) -> 'Flex'
 sparse.hip(budget: 'Budget' = 0.125, page: 'int' = 8, start: 'int' = 64, every: 'int' = 8, sinks: 'int' = 16, recent: 'int' = 64, dense: \
 'tuple[int, ...]' = (0, 1)) -> 'Read'
-sparse.infllm(budget: 'Budget' = 0.125, page: 'int' = 16, count: 'int' = 2, sinks: 'int' = 16, recent: 'int' = 128, dense: 'tuple[int, \
+sparse.infllm(budget: 'Budget' = 0.125, page: 'int' = 16, count: 'int' = 2, sinks: 'int' = 16, recent: 'int' = 48, dense: 'tuple[int, \
 ...]' = (), host: 'bool' = False) -> 'OneDistance'
 sparse.kascade(budget: 'Budget' = 0.125, dense: 'tuple[int, ...]' = (0, 1), select: 'tuple[int, ...]' = (2, 8, 13, 14), head_map: 'Heads \
 | None' = None, recent: 'int' = 16) -> 'Read'

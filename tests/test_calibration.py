@@ -34,11 +34,11 @@ M = Model(tiny.CFG, tiny.params(), None, PRECISION, "tiny")
 OPEN = [m.name for m in METHODS if m.calibrates]
 SMOLLM2 = Config("smollm2-135m", V=49152, D=576, F=1536, L=30, N=9, K=3, H=64, max_len=8192)
 FOUND = {
-    "RazorAttention": {"heads": [[0], [], [1], [0, 1]]},
-    "CompressKV": {"judges": [[0, 3], [1], [2, 3], [0]], "importance": [0.4, 0.3, 0.2, 0.1]},
-    "TidalDecode": {"select": [2, 3]},
-    "DoubleSparsity": {"channels": [[[0, 1], [2, 3]], [[4, 5], [6, 7]], [[0, 2], [1, 3]], [[4, 6], [5, 7]]]},
-    "MInference": {"top": 3, "window": 24, "heads": [[0, 1], [2, 0], [1, 1], [0, 2]]},
+    "RazorAttention": {"heads": [[0], [], [1]]},
+    "CompressKV": {"judges": [[0, 3], [1], [2, 3]], "importance": [0.5, 0.3, 0.2]},
+    "TidalDecode": {"select": [1, 2]},
+    "DoubleSparsity": {"channels": [[[0, 1], [2, 3]], [[4, 5], [6, 7]], [[0, 2], [1, 3]]]},
+    "MInference": {"top": 3, "window": 24, "heads": [[0, 1], [2, 0], [1, 1]]},
 }
 
 
@@ -113,8 +113,8 @@ def test_the_committed_calibration_is_of_the_preset():
 
 
 def test_settings_come_back_as_tuples(folder):
-    assert calibration.settings(M, "RazorAttention") == {"heads": ((0,), (), (1,), (0, 1))}
-    assert calibration.settings("tiny", "CompressKV")["importance"] == (0.4, 0.3, 0.2, 0.1)
+    assert calibration.settings(M, "RazorAttention") == {"heads": ((0,), (), (1,))}
+    assert calibration.settings("tiny", "CompressKV")["importance"] == (0.5, 0.3, 0.2)
     kv.compresskv(0.5, **calibration.settings(M, "CompressKV")).check(tiny.CFG, 64)
 
 
@@ -165,7 +165,7 @@ def test_other_weights_of_the_same_name_are_refused(folder):
     with pytest.raises(UserError, match=r"other weights .*calibrate.py tiny$"):
         calibration.settings(other, "TidalDecode")
     coarse = dataclasses.replace(other, precision=Precision("bfloat16", "bfloat16", "bfloat16"))
-    assert calibration.settings(coarse, "TidalDecode") == {"select": (2, 3)}  # rounded weights cannot be told apart
+    assert calibration.settings(coarse, "TidalDecode") == {"select": (1, 2)}  # rounded weights cannot be told apart
 
 
 def test_models_are_found_by_the_name_that_load_gives_them(tmp_path):
@@ -181,13 +181,13 @@ def test_models_are_found_by_the_name_that_load_gives_them(tmp_path):
 
 def test_rows_take_what_was_found_and_keep_their_own(folder):
     row = settled(line("TidalDecode", budget=0.5, recent=8))
-    assert row.calibrated is True and row.kv == sparse.tidaldecode(0.5, select=(2, 3), recent=8)
+    assert row.calibrated is True and row.kv == sparse.tidaldecode(0.5, select=(1, 2), recent=8)
     row = settled(line("CompressKV", budget=0.5, window=6))
-    assert row.kv == kv.compresskv(0.5, 6, judges=((0, 3), (1,), (2, 3), (0,)), importance=(0.4, 0.3, 0.2, 0.1))
+    assert row.kv == kv.compresskv(0.5, 6, judges=((0, 3), (1,), (2, 3)), importance=(0.5, 0.3, 0.2))
     row = settled(line("DoubleSparsity"))
     assert row.kv == sparse.double_sparsity(channels=calibration.settings("tiny", "DoubleSparsity")["channels"])
     row = settled(line("MInference"))
-    assert row.prefill == sparse.minference(top=3, window=24, heads=((0, 1), (2, 0), (1, 1), (0, 2)))
+    assert row.prefill == sparse.minference(top=3, window=24, heads=((0, 1), (2, 0), (1, 1)))
 
 
 @pytest.mark.parametrize(
@@ -282,7 +282,7 @@ def test_a_run_records_what_it_measured(folder, tmp_path, monkeypatch):
     board = Leaderboard("b", entries([find("Full"), find("TidalDecode")], (0.5,)), model="tiny", batches=(Batch("single_needle", 64),))
     folder_of_run = run(File(board, Path("b.py"), "B."), tmp_path / "run")
     rows = {row["method"]: row for row in folder_of_run.rows()}
-    assert rows["TidalDecode"]["calibrated"] is True and "select=(2, 3)" in rows["TidalDecode"]["settings"]
+    assert rows["TidalDecode"]["calibrated"] is True and "select=(1, 2)" in rows["TidalDecode"]["settings"]
     assert rows["Full"]["calibrated"] is None
 
 

@@ -117,6 +117,21 @@ def test_a_budget_on_the_command_line_is_a_share_or_a_number():
         assert row.kv.budget == meant and type(row.kv.budget) is type(meant)
 
 
+@pytest.mark.parametrize(
+    ("file", "suite"), [("quickstart", None), ("leaderboard/kv", "smoke"), ("leaderboard/kv", "full"), ("leaderboard/kv_speed", None)]
+)
+def test_every_row_of_a_config_fits_its_model(file, suite):
+    """What the first command of the README loads and refuses, as far as the first measurement."""
+    experiment = load(str(Path(__file__).parents[1] / "configs" / f"{file}.py"), suite).experiment.settled()
+    experiment.check()
+    try:
+        experiment.prepare()
+    except errors.UserError as error:
+        if "Full: " in str(error) or "network" not in str(error):
+            raise
+        pytest.skip(f"no model: {error}")
+
+
 def test_suite_and_only(tiny):
     """Both change the config, so they give another run."""
     assert load(tiny, "smoke").experiment.contexts == (8,)

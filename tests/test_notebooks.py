@@ -2,6 +2,7 @@
 
 import base64
 import os
+from functools import cache
 from pathlib import Path
 
 import nbformat
@@ -25,20 +26,23 @@ def output_text(notebook) -> str:
     return "".join(o.text for o in outputs if o.output_type == "stream" and o.name == "stdout")
 
 
-@pytest.fixture(scope="module")
-def executed():
-    """{name: notebook with its outputs}; the kernel finds this checkout, whether tokeff is installed or not."""
-    found = {}
+def each() -> list:
+    """Test parameters, grouped so that one worker runs all tests of a notebook."""
+    return [pytest.param(path, id=path.stem, marks=pytest.mark.xdist_group(path.stem)) for path in NOTEBOOKS]
+
+
+@cache
+def executed(name: str):
+    """The notebook with its outputs; the kernel finds this checkout, whether tokeff is installed or not."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TOKEFF_NOTEBOOK_FAST", "1")
         patch.delenv("XLA_FLAGS", raising=False)  # those of the tests compile fast and run slowly
         patch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))))
-        for path in NOTEBOOKS:
-            notebook = nbformat.read(path, as_version=4)
-            NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
-            found[path.name] = notebook
-    return found
+        path = ROOT / "notebooks" / f"{name}.ipynb"
+        notebook = nbformat.read(path, as_version=4)
+        NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
+        return notebook
 
 
 def test_there_are_notebooks():
@@ -62,17 +66,18 @@ def test_first_code_cell_installs_on_colab(path):
     assert "google.colab" in first.source and "pip install" in first.source
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_notebook_runs_and_draws(path, executed):
-    notebook = executed[path.name]
+@pytest.mark.parametrize("path", each())
+def test_notebook_runs_and_draws(path):
+    notebook = executed(path.stem)
     pictures = images(notebook)
     assert pictures, "no cell drew a picture"
     assert all(p.startswith(b"\x89PNG") and len(p) > 5000 for p in pictures)
 
 
-def test_full_cache_answers_the_needle(executed):
+@pytest.mark.xdist_group("01_which_tokens_survive")
+def test_full_cache_answers_the_needle():
     """The last table: one line a budget, of which the full cache's says the right number under every method."""
-    text = output_text(executed["01_which_tokens_survive.ipynb"])
+    text = output_text(executed("01_which_tokens_survive"))
     right = text.split("the right answer is")[1].split()[0]
     full = text.split(f"(right:  {right})")[1].splitlines()[1].split()
     assert full[0] == "100%" and all(answer.rstrip(".") == right for answer in full[1:])

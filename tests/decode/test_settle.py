@@ -29,13 +29,7 @@ def asked(policy, drafter):
     return said, np.asarray(logits)
 
 
-def ways_of_going_on() -> list:
-    """One listed policy of each kind of cache: those that differ in what they keep of the prompt alone go on alike."""
-    first = {runs.part(m.name, "fast")["kv"].onward(): m.name for m in reversed(runs.METHODS) if m.part == "kv"}
-    return runs.listed("kv", where=lambda m: m.name in first.values())
-
-
-@pytest.mark.parametrize("name", ways_of_going_on())
+@pytest.mark.parametrize("name", runs.ways_of_going_on("fast"))
 def test_a_question_after_drafts_is_answered_as_after_plain_decoding(name):
     policy = runs.part(name, "fast")["kv"]
     if reason := policy.drafts(RECYCLING.depth):

@@ -36,7 +36,8 @@ def test_razor_heads_equal_their_definition(echo, induction):
             next_ = sum(p for t, o, p in mine if o in range(t + 1 - PIECE, -1, -PIECE))
             copies[layer, n // m.G] = max(copies[layer, n // m.G], own)
             after[layer, n // m.G] = max(after[layer, n // m.G], next_)
-    wanted = [best(score, round(tiny.CFG.L * tiny.CFG.K * share)) if share else ((),) * tiny.CFG.L for score, share in ((copies, echo), (after, induction))]
+    heads, none = tiny.CFG.L * tiny.CFG.K, ((),) * tiny.CFG.L
+    wanted = [best(score, round(heads * share)) if share else none for score, share in ((copies, echo), (after, induction))]
     assert razor_heads(M, echo, induction, tokens=PIECE, copies=COPIES) == union(*wanted)
 
 

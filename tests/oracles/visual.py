@@ -1,6 +1,6 @@
 """Choosing and merging patches of one picture, from the papers' formulas: loops over rows of numpy arrays, float64.
 
-x_PD: rows of patches; a picture's other numbers are given as the method names them. Everything returns (rows, places); a place of -1 is none.
+x_PD: rows of patches; a picture's other numbers are given as the method names them. Everything returns (rows, places); -1 is no place.
 """
 
 import itertools

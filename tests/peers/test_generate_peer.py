@@ -56,6 +56,7 @@ def tied(ours, theirs, margins):
 
 
 @pytest.mark.peers
+@pytest.mark.xdist_group("smollm2 of transformers")
 @pytest.mark.parametrize("decoder", [None, prompt_lookup()], ids=["plain", "lookup"])
 def test_greedy_text_equals_transformers(theirs, decoder):
     m, ids, found = theirs
@@ -65,6 +66,7 @@ def test_greedy_text_equals_transformers(theirs, decoder):
 
 
 @pytest.mark.peers
+@pytest.mark.xdist_group("smollm2 of transformers")
 def test_their_prompt_lookup_gives_the_same_text(theirs):
     _, _, found = theirs
     for drafted, plain in zip(found["lookup"], found["plain"], strict=True):
@@ -88,6 +90,7 @@ def tinies(tmp_path_factory):
 
 
 @pytest.mark.peers
+@pytest.mark.xdist_group("tinies of transformers")
 @pytest.mark.parametrize("kind", ["assisted", "lookup"])
 def test_drafts_are_accepted_as_theirs_are(tinies, kind):
     """An assistant model, and prompt lookup: the same text, plain decoding's, in as many passes of the model."""

@@ -31,7 +31,7 @@ from tokeff.models.config import Precision
 from tokeff.models.flow import Here
 from tokeff.models.load import load
 
-pytestmark = pytest.mark.peers
+pytestmark = [pytest.mark.peers, pytest.mark.xdist_group("kvpress")]
 SCRIPT = Path(__file__).with_name("presses.py")
 MODELS = ("llama", "qwen3")
 S, KEPT, W, SINKS, GROUP = 120, 60, 8, 4, 2

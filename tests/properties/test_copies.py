@@ -19,7 +19,7 @@ from tokeff.kv.methods import hydragen
 pytestmark = pytest.mark.core
 # Handing a buffer on, writing rows into it in place.
 FREE = {"parameter", "bitcast", "tuple", "get-tuple-element", "while", "conditional", "scatter", "call", "broadcast", "select"}
-STRICT = {"Full", "Random", "Recent", "SnapKV", "H2O", "TidalDecode"}  # others turn or gather keys in every step, and say so
+STRICT = {"Full", "H2O", "TidalDecode"}  # others turn or gather keys in every step, and say so
 
 
 def instructions(text: str):
@@ -46,7 +46,7 @@ def large(text: str, shapes: set[tuple[int, ...]]) -> list[tuple[str, str]]:
 def compiled(policy, drafter=tiny.PLAIN):
     """(HLO text of the decode loop of this policy, sorted dimensions of its stores of keys and values)."""
     s = tiny.start(runs.prompt(), policy, drafter)
-    program = run.lower(tiny.params(), tiny.CFG, s, jnp.int32(5), policy=policy, drafter=drafter, how=GREEDY, eos=())
+    program = run.lower(tiny.params(), tiny.CFG, s, jnp.int32(5), policy=policy.onward(), drafter=drafter, how=GREEDY, eos=())
     rows = [x.shape for x in jax.tree.leaves(s.layers) if x.ndim == 4 and x.shape[-1] == tiny.CFG.H and x.shape[2] >= 16]
     stores = rows + [x.shape for x in jax.tree.leaves(s.layers) if x.ndim == 5 and x.dtype == jnp.uint8]  # pages of codes
     stores += [x.shape for path, x in jax.tree_util.tree_leaves_with_path(s.layers) if path[-1].name == "low_BCY"]  # one row for all heads
@@ -54,7 +54,7 @@ def compiled(policy, drafter=tiny.PLAIN):
     return tiny.compiled(program).as_text(), {tuple(sorted(shape)) for shape in stores}
 
 
-@pytest.mark.parametrize("name", listed("kv"))
+@pytest.mark.parametrize("name", runs.ways_of_going_on())
 def test_decode_loop_copies_no_cache(name):
     """One token at a time, eviction, ragged batch, inside the loop."""
     text, shapes = compiled(part(name)["kv"])

@@ -121,7 +121,8 @@ _SPELLED = {"mr": "mister", "mrs": "missus", "dr": "doctor"}
 
 def words(text: str) -> list[str]:
     """The words of a transcript, without case and punctuation; titles spelled out, hyphens part words."""
-    return [_SPELLED.get(word, word) for word in re.findall(r"[a-z0-9]+(?:'[a-z]+)?", text.lower().replace("’", "'"))]
+    found: list[str] = re.findall(r"[a-z0-9]+(?:'[a-z]+)?", text.lower().replace("’", "'"))
+    return [_SPELLED.get(word, word) for word in found]
 
 
 def word_errors(said: str, reference: str) -> tuple[int, int]:

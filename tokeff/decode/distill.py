@@ -145,9 +145,13 @@ class Learning(struct.PyTreeNode):
     step: jax.Array
 
 
-def schedule(peak: float, steps: int) -> optax.GradientTransformation:
-    """AdamW (betas .9 and .95, decay .1 of matrices); a warm-up over a twentieth of the steps, then a cosine to a fiftieth of the peak."""
-    rate = optax.warmup_cosine_decay_schedule(peak / 50, peak, max(steps // 20, 1), steps, peak / 50)
+def schedule(peak: float, steps: int, warm: int = 28, decay: int = 96) -> optax.GradientTransformation:
+    """AdamW (betas .9 and .95, decay .1 of matrices, norms of gradients cut at 1) at a rate that rises for `warm` steps, stays, and falls
+    to zero over the last `decay` ones: before those a run may be made longer or shorter (Hu et al. 2024, MiniCPM, sec. 4.2).
+    """
+    last = max(steps - decay, warm)
+    parts = optax.linear_schedule(peak / 50, peak, warm), optax.constant_schedule(peak), optax.linear_schedule(peak, 0.0, decay)
+    rate = optax.join_schedules(parts, [warm, last])
 
     def matrices(tree):
         return jax.tree.map(lambda x: x.ndim > 1, tree)

@@ -83,12 +83,14 @@ def settled_row(row: Any, listed: Method, found: Calibration | None, model: str)
 
 
 def fitting(m: Model, rows: Sequence[Line], lengths: Sequence[int]) -> Model:
-    """The model, once calibrations were found to be made with its weights and to fit it: before it is loaded nobody knows its heads."""
+    """The model, once every row was found to fit it and texts of these lengths, and calibrations to be made with its weights."""
     if any(row.calibrated for row in rows) and (found := calibration.read(m.name)) is not None:
         found.check(m)
-    for part in (getattr(row, find(row.method).part) for row in rows if row.calibrated is not None):
-        for length in lengths:
-            part.check(m.cfg, length)
+    for row in rows:
+        try:
+            row.setup.fit(m).check(m, lengths, 1)
+        except UserError as error:
+            raise UserError(f"{row.method}: {error}") from error
     return m
 
 
@@ -138,11 +140,6 @@ class Comparison(Experiment):
         return replace(self, rows=settled(self.rows, self.model))
 
     def check(self) -> None:
-        for length in self.contexts + self.speeds:
-            for row in (row for row in self.rows if row.calibrated is None):  # `fitting` checks the others
-                row.kv.check(_Shape, length) if row.cut is None else row.cut.check(_Shape, length)
-                if row.prefill is not None:
-                    row.prefill.check(_Shape, length)
         for row in self.rows:
             row.setup.check_evidence()
             check_bounded(row.bounded, row.kv, row.cut, row.prefill)
@@ -176,12 +173,6 @@ def compile_cache() -> None:
     """Keep compiled programs on disk, so that a resumed run starts where it stopped."""
     jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-
-
-class _Shape:
-    """Before the model is loaded only layer numbers below any real model's are let through."""
-
-    L = 10**6
 
 
 def speed(bench: Bench, row: Line, length: int, new: int, pictures: bool) -> dict[str, Any]:

@@ -61,8 +61,11 @@ class Evidence:
         """The value with what this call's queries add; `before` is None at first."""
         raise NotImplementedError
 
-    def revisit(self, params, cfg, prompt: Any, tokens_BT: jax.Array, length_B: jax.Array, dtype: str) -> Any:
-        """The finished prompt, for evidence that takes a pass of its own over the `tokens` it ends with."""
+    def revisit(
+        self, params, cfg, prompt: Any, tokens_BT: jax.Array, length_B: jax.Array, dtype: str, x_BTD: jax.Array | None = None
+    ) -> Any:
+        """The finished prompt, for evidence that takes a pass of its own over the `tokens` it ends with. x_BTD: what entered for them,
+        where that was not their embeddings."""
         return prompt
 
     def heads(self, value: Any, index: Any, G: int) -> Any:

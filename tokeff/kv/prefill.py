@@ -135,7 +135,8 @@ def prefill(
     """
     check_pieces(after is not None, chunk if chunk is not None and chunk < tokens_BT.shape[1] else None, cut, pattern)
     text, given_B, dtype, place = tokens_BT, length_B, dtype or params.embed_VD.dtype.name, None
-    check_embeds(embeds, evidence, pattern)
+    if embeds is not None:
+        check_embeds(embeds.place_BM is not None, evidence, pattern)
     if pattern is not None and pattern.own_pass and after is None:
         check_pass(pattern, cut)
         prompt = pattern.fill(params, cfg, tokens_BT, length_B, tuple(evidence), dtype)
@@ -162,7 +163,7 @@ def prefill(
     if after is not None:
         layers = tuple(close_gaps(layer) for layer in layers)
     prompt = Prompt(layers, text, given_B, length_B, last_logits(params, cfg, x), place)
-    return revisited(evidence, params, cfg, prompt, tokens_BT, own_B, dtype)
+    return revisited(evidence, params, cfg, prompt, tokens_BT, own_B, dtype, x_BTD)
 
 
 def entering(tokens_BT: jax.Array, length_B: jax.Array, embeds: Embeds | None) -> tuple[jax.Array, jax.Array, jax.Array | None]:
@@ -178,14 +179,12 @@ def enter(params: Params, cfg: Config, ids_BT: jax.Array, order_BT: jax.Array, x
     return flow if x_BTD is None else flow.replace(x_BTD=x_BTD.astype(flow.x_BTD.dtype))
 
 
-def check_embeds(embeds: Embeds | None, evidence: tuple[Evidence, ...], pattern: Any) -> None:
-    """Refuse rows that are no tokens to what reads the tokens again, and gaps between rows to what works in blocks of them."""
-    if embeds is None:
-        return
+def check_embeds(gaps: bool, evidence: tuple[Evidence, ...], pattern: Any) -> None:
+    """Refuse rows that are no tokens to a prefill that embeds tokens itself, and gaps between rows to what needs one for every token."""
     for kind in evidence:
-        if type(kind).revisit is not Evidence.revisit:
-            raise UserError(f"{type(kind).__name__} reads the prompt's tokens again, which pictures have none of; use another policy")
-    if pattern is not None and (pattern.own_pass or embeds.place_BM is not None):
+        if gaps and type(kind).revisit is not Evidence.revisit:
+            raise UserError(f"{type(kind).__name__} reads every token of the prompt again, and some have no row; renumber the rows")
+    if pattern is not None and (pattern.own_pass or gaps):
         raise UserError(f"{type(pattern).__name__} needs a row for every token of the prompt; leave out prefill, or renumber the rows")
 
 
@@ -207,10 +206,10 @@ def check_pass(pattern: Any, cut: Pass | None) -> None:
         raise UserError(f"{type(pattern).__name__} says itself which rows go on; leave out cut={type(cut).__name__} or prefill")
 
 
-def revisited(evidence, params, cfg, prompt: Prompt, tokens_BT, length_B, dtype) -> Prompt:
-    """The finished prompt, with the evidence that takes a pass of its own."""
+def revisited(evidence, params, cfg, prompt: Prompt, tokens_BT, length_B, dtype, x_BTD=None) -> Prompt:
+    """The finished prompt, with the evidence that takes a pass of its own. x_BTD: its rows, where they are not the tokens' embeddings."""
     for kind in evidence:
-        prompt = kind.revisit(params, cfg, prompt, tokens_BT, length_B, dtype)
+        prompt = kind.revisit(params, cfg, prompt, tokens_BT, length_B, dtype, x_BTD)
     return prompt
 
 

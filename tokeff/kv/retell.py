@@ -12,10 +12,11 @@ from flax import struct
 from tokeff.errors import UserError
 from tokeff.kv.evidence import Evidence, Seen
 from tokeff.kv.policy import Prefilled, pad_slots
-from tokeff.kv.prefill import Prompt, prefill
+from tokeff.kv.prefill import Embeds, Prompt, prefill
 from tokeff.kv.score import Scorer
 from tokeff.models.attention import scores, softmax
 from tokeff.models.flow import Here
+from tokeff.models.transformer import embed
 
 TAIL = 8  # tokens of the piece before that lead into a piece
 
@@ -81,24 +82,28 @@ class Retold(Evidence):
         B, K, S, _ = seen.k_BKSH.shape
         return jnp.zeros((B, K, S), jnp.float32) if before is None else pad_slots(before, S, 2)
 
-    def revisit(self, params, cfg, prompt: Prompt, tokens_BT: jax.Array, length_B: jax.Array, dtype: str) -> Prompt:
+    def revisit(self, params, cfg, prompt: Prompt, tokens_BT: jax.Array, length_B: jax.Array, dtype: str, x_BTD=None) -> Prompt:
         """The prompt with what telling its last `length` tokens again found."""
         for a in range(0, tokens_BT.shape[1], self.piece):
-            layers = tuple(self.tell(params, cfg, prompt, tokens_BT, length_B, a, dtype))
+            layers = tuple(self.tell(params, cfg, prompt, tokens_BT, length_B, a, dtype, x_BTD))
             prompt = prompt.replace(layers=layers)
         return prompt
 
-    def tell(self, params, cfg, prompt: Prompt, tokens_BT, length_B, a: int, dtype: str):
+    def tell(self, params, cfg, prompt: Prompt, tokens_BT, length_B, a: int, dtype: str, x_BTD):
         """The layers after one piece, which begins at token `a` of those."""
         start, stop = max(a - TAIL, 0), min(a + self.piece, tokens_BT.shape[1])
-        said = jnp.concatenate([jnp.tile(jnp.asarray(self.ask, tokens_BT.dtype), (len(length_B), 1)), tokens_BT[:, start:stop]], axis=1)
+        ask_BT = jnp.tile(jnp.asarray(self.ask, tokens_BT.dtype), (len(length_B), 1))
+        said, vectors = jnp.concatenate([ask_BT, tokens_BT[:, start:stop]], axis=1), None
+        if x_BTD is not None:
+            vectors = Embeds(jnp.concatenate([embed(params, cfg, ask_BT, ask_BT).x_BTD, x_BTD[:, start:stop]], axis=1))
         many_B = jnp.where(length_B > a, len(self.ask) + jnp.minimum(length_B, stop) - start, 0)
         first_B, telling = prompt.next_B - length_B, Telling(self.sinks)
         primed = [
             layer.replace(evidence_BKS={telling: Told(first_B + a, first_B + stop, prompt.next_B, jnp.zeros(layer.k_BKSH.shape[:3]))})
             for layer in prompt.layers
         ]
-        found = prefill(params, cfg, said, many_B, evidence=(telling,), after=prompt.replace(layers=tuple(primed)), dtype=dtype)
+        before = prompt.replace(layers=tuple(primed))
+        found = prefill(params, cfg, said, many_B, evidence=(telling,), after=before, dtype=dtype, embeds=vectors)
         for layer, told in zip(prompt.layers, found.layers, strict=True):
             most = told.evidence_BKS[telling].most_BKS[..., : layer.k_BKSH.shape[2]]
             yield layer.replace(evidence_BKS=layer.evidence_BKS | {self: jnp.maximum(layer.evidence_BKS[self], most)})

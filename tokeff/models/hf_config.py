@@ -18,6 +18,10 @@ from tokeff.models.layout import BIASES, POST_NORMS, QK_NORMS
 
 MAX_LAYERS = 4096
 ACTS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+PICTURES = {
+    **dict.fromkeys(("llava", "llava_next", "llava_onevision"), "llava_hf.load_llava"),
+    **dict.fromkeys(("vit", "clip", "clip_vision_model", "siglip", "siglip_vision_model"), "vit_hf.load_vit"),
+}
 ROPES = {"default": "none", "linear": "linear", "llama3": "llama3", "yarn": "yarn"}
 
 
@@ -73,6 +77,8 @@ def describe(raw: Mapping[str, Any], name: str, where: str, eos: tuple[int, ...]
     inner = raw.get("text_config")
     if kind == "gemma3" and isinstance(inner, dict):  # the multimodal wrapper: its text half is a Gemma 3 text model
         kind, raw = "gemma3_text", {**{k: raw[k] for k in ("eos_token_id", "bos_token_id") if k in raw}, **inner}
+    if kind in PICTURES:
+        raise UserError(f"{where}: {kind} reads pictures; load it with tokeff.models.{PICTURES[kind]}")
     if kind not in FAMILIES:
         raise UserError(f"{where}: model_type {str(kind)[:60]!r} is not supported; supported: {', '.join(FAMILIES)}")
     family = FAMILIES[kind]

@@ -20,7 +20,7 @@ from flax import struct
 from tokeff.decode.sample import GREEDY, Sampling
 from tokeff.errors import UserError
 from tokeff.generation import Generation, Setup, bucket, encode, finished, go, pad, start
-from tokeff.kv.prefill import Embeds, Prompt, prefill
+from tokeff.kv.prefill import Embeds, Prompt, check_embeds, prefill
 from tokeff.models.anyres import Size, best_size, crops, film, lay_out
 from tokeff.models.flow import EMPTY
 from tokeff.models.load import Model
@@ -98,13 +98,13 @@ def prepare(v: Llava, given: Picture) -> Pixels:
     return Pixels(v.preprocessing(parts), (image.height, image.width))
 
 
-@partial(jax.jit, static_argnames="plain")
-def project(params: LlavaParams, x_BSI: jax.Array, plain: bool = False) -> jax.Array:
+@jax.jit
+def project(params: LlavaParams, x_BSI: jax.Array) -> jax.Array:
     """x_BSD of features, as wide as the decoder."""
     y = linear(x_BSI, params.into_DI)
-    y = jax.nn.gelu(y if params.into_bias_D is None else y + params.into_bias_D, approximate=False)
+    y = jax.nn.gelu(y if params.into_bias_D is None else y + params.into_bias_D.astype(y.dtype), approximate=False)
     y = linear(y, params.out_DD)
-    return y if params.out_bias_D is None else y + params.out_bias_D
+    return y if params.out_bias_D is None else y + params.out_bias_D.astype(y.dtype)
 
 
 def features(v: Llava, pixels_BYXC: jax.Array, taps: Taps | None = None) -> tuple[jax.Array, Seen]:
@@ -121,7 +121,6 @@ def see(v: Llava, pixels_BYXC: jax.Array, reduce: Picked | None = None) -> Reduc
         x, _ = features(v, pixels_BYXC)
         x = project(v.params, x[:, int(tower.cls and not v.cfg.cls) :])
         return Reduced(x, jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2]))
-    reduce.check(tower)
     x, seen = features(v, pixels_BYXC, reduce.taps(tower))
     if reduce.projected:
         return reduce.reduce(project(v.params, x), seen, tower)
@@ -188,8 +187,6 @@ def _mixed(params, ids_BM, row_R, at_R, x_RD, *, cfg):
 def mixed(v: Llava, ids: Sequence[Sequence[int]], seen: Sequence[Sequence[Rows]], positions: str = "renumbered"):
     """(the texts as lists of tokens, tokens_BT, length_B, Embeds): what `prefill` reads. Image tokens of a text stand for places, so with
     positions 'kept' there are more of them than rows."""
-    if positions not in POSITIONS:
-        raise UserError(f"positions {positions!r} are not known; give one of {', '.join(POSITIONS)}")
     kept = positions == "kept"
     made = [spelled(v, row, pictures, kept) for row, pictures in zip(ids, seen, strict=True)]
     tokens, length = pad([text for text, _, _ in made])
@@ -205,6 +202,19 @@ def mixed(v: Llava, ids: Sequence[Sequence[int]], seen: Sequence[Sequence[Rows]]
     return [text for text, _, _ in made], tokens, length, Embeds(x, jnp.asarray(place) if kept else None)
 
 
+def check(v: Llava, setup: Setup, reduce: Picked | None, positions: str) -> None:
+    """UserError for parts that do not fit each other, before anything is computed."""
+    if positions not in POSITIONS:
+        raise UserError(f"positions {positions!r} are not known; give one of {', '.join(POSITIONS)}")
+    if setup.bounded is not None:
+        raise UserError("bounded reads tokens piece by piece, which pictures have none of; leave it out")
+    if reduce is not None:
+        reduce.check(v.cfg.tower)
+        if positions == "kept" and not reduce.placed:
+            raise UserError(f"rows of {type(reduce).__name__} have no places of their own; use positions='renumbered'")
+    check_embeds(positions == "kept", setup.kv.needs(), setup.prefill)
+
+
 def read(
     v: Llava,
     ids: Sequence[Sequence[int]],
@@ -217,10 +227,7 @@ def read(
     chunk: int | None = None,
 ) -> Prompt:
     """Prefill prompts that hold one image token for each of their pictures. Raises UserError for parts that do not fit."""
-    if setup.bounded is not None:
-        raise UserError("bounded reads tokens piece by piece, which pictures have none of; leave it out")
-    if positions == "kept" and reduce is not None and not reduce.placed:
-        raise UserError(f"rows of {type(reduce).__name__} have no places of their own; use positions='renumbered'")
+    check(v, setup, reduce, positions)
     seen = [[picture_rows(v, p if isinstance(p, Pixels) else prepare(v, p), reduce) for p in some] for some in pictures]
     texts, tokens, length, embeds = mixed(v, ids, seen, positions)
     setup.check(v.text, [len(text) for text in texts], new)

@@ -19,6 +19,7 @@ from flax import struct
 
 from tokeff.errors import UserError
 from tokeff.kv.budget import Budget, check_budget, most_rows
+from tokeff.models.attention import NEG
 from tokeff.models.flow import EMPTY
 from tokeff.models.vit import Seen, Taps
 from tokeff.models.vit_config import ViTConfig
@@ -36,25 +37,40 @@ class Picked:
     """Base class. projected: works on rows as the decoder gets them, not as they leave the tower. placed: every row is at a patch's place,
     in reading order, so positions can be kept."""
 
-    budget: Budget = 1 / 9
-
     projected: ClassVar[bool] = False
     placed: ClassVar[bool] = True
 
     def check(self, cfg: ViTConfig) -> None:
         """UserError for settings that do not fit the tower."""
-        check_budget(self.budget, cfg.patches)
+        raise NotImplementedError
 
     def rows(self, cfg: ViTConfig) -> int:
         """M: how many rows are left of a picture."""
-        return most_rows(self.budget, cfg.patches)
+        raise NotImplementedError
 
     def taps(self, cfg: ViTConfig) -> Taps:
         """What it wants to know of the tower."""
         return Taps()
 
     def reduce(self, x_BSD: jax.Array, seen: Seen, cfg: ViTConfig) -> Reduced:
-        """The rows that are left. Methods that choose patches only override `choose`."""
+        """The rows that are left."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Chosen(Picked):
+    """Base class of methods with a budget: a share of a picture's patches, or a number of them. Those that drop the others override
+    `choose` alone."""
+
+    budget: Budget = 1 / 9
+
+    def check(self, cfg: ViTConfig) -> None:
+        check_budget(self.budget, cfg.patches)
+
+    def rows(self, cfg: ViTConfig) -> int:
+        return most_rows(self.budget, cfg.patches)
+
+    def reduce(self, x_BSD: jax.Array, seen: Seen, cfg: ViTConfig) -> Reduced:
         return take(patches(x_BSD, cfg), self.choose(x_BSD, seen, cfg))
 
     def choose(self, x_BSD: jax.Array, seen: Seen, cfg: ViTConfig) -> jax.Array:
@@ -102,28 +118,30 @@ def cosines(a_BPD: jax.Array, b_BPD: jax.Array) -> jax.Array:
 def spread(x_BPD: jax.Array, M: int) -> jax.Array:
     """index_BM, ascending, of rows far from each other (DivPrune, Alvar et al. 2025, alg. 1).
 
-    By cosine distance: first the row whose nearest neighbour is farthest, then always the one whose nearest chosen row is farthest.
+    By cosine distance: first the row whose nearest neighbour is farthest, then always the one whose nearest chosen row is farthest. Rows
+    that are no numbers come last.
     """
     distance_BPP = 1 - cosines(x_BPD, x_BPD)
     P = x_BPD.shape[1]
 
     def one(d_PP):
-        d_PP = jnp.where(jnp.isnan(d_PP), -jnp.inf, d_PP)
-        first = jnp.argmax(jnp.where(jnp.eye(P, dtype=bool), jnp.inf, d_PP).min(axis=1))
+        bad_P, self_PP = jnp.isnan(jnp.diagonal(d_PP)), jnp.eye(P, dtype=bool)
+        d_PP = jnp.where(self_PP | jnp.isnan(d_PP), jnp.inf, d_PP)
+        first = jnp.argmax(jnp.where(bad_P, -jnp.inf, d_PP.min(axis=1)))
 
         def step(i, state):
             near_P, index_M = state
             at = jnp.argmax(near_P)
             return jnp.minimum(near_P, d_PP[at]).at[at].set(-jnp.inf), index_M.at[i].set(at)
 
-        start = d_PP[first].at[first].set(-jnp.inf), jnp.zeros(M, jnp.int32).at[0].set(first)
-        return jnp.sort(jax.lax.fori_loop(1, M, step, start)[1])
+        near_P = jnp.where(bad_P, NEG, d_PP[first]).at[first].set(-jnp.inf)
+        return jnp.sort(jax.lax.fori_loop(1, M, step, (near_P, jnp.zeros(M, jnp.int32).at[0].set(first)))[1])
 
     return jax.vmap(one)(distance_BPP)
 
 
 @dataclass(frozen=True)
-class FasterVLM(Picked):
+class FasterVLM(Chosen):
     """FasterVLM (Zhang et al. 2024): the patches that the class row looks at most, by the mean over heads at `layer`."""
 
     layer: int = -2
@@ -136,7 +154,7 @@ class FasterVLM(Picked):
 
 
 @dataclass(frozen=True)
-class DivPrune(Picked):
+class DivPrune(Chosen):
     """DivPrune (Alvar et al. 2025): a set of patches far from each other, as the decoder gets them. The published share is .098."""
 
     budget: Budget = 0.098
@@ -147,7 +165,7 @@ class DivPrune(Picked):
 
 
 @dataclass(frozen=True)
-class HiPrune(Picked):
+class HiPrune(Chosen):
     """HiPrune (Liu et al. 2025): anchors that receive most attention at a middle layer, their neighbours, and then what receives most at a
     deep layer. `share` of the budget goes to anchors with their four neighbours. As released, neighbours are by number in reading order, so
     those at an edge wrap to the next line; past the ends they are the first and last patch."""
@@ -181,7 +199,7 @@ class HiPrune(Picked):
 
 
 @dataclass(frozen=True)
-class VisionZip(Picked):
+class VisionZip(Chosen):
     """VisionZip (Yang et al. 2024): the class row and the patches it looks at most; the others merged onto `contextual` of them.
 
     Merging: targets at even strides among the others; each remaining one goes to the target whose keys (the mean over heads) are closest,
@@ -235,7 +253,7 @@ def contextual(x_BPD: jax.Array, metric_BPH: jax.Array, kept_BM: jax.Array, C: i
 
 
 @dataclass(frozen=True)
-class PruMerge(Picked):
+class PruMerge(Chosen):
     """LLaVA-PruMerge (Shang et al. 2024): the patches that the class row looks at most, each with what lies near it added, and one row for
     all that is left.
 

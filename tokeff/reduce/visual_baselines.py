@@ -11,11 +11,11 @@ import numpy as np
 from tokeff.errors import UserError
 from tokeff.models.vit import Seen
 from tokeff.models.vit_config import ViTConfig
-from tokeff.reduce.visual import Picked, Reduced, patches
+from tokeff.reduce.visual import Chosen, Picked, Reduced, patches
 
 
 @dataclass(frozen=True)
-class RandomPatches(Picked):
+class RandomPatches(Chosen):
     """Baseline: patches at random, the same ones of every picture. The draw depends on the seed alone."""
 
     seed: int = 0

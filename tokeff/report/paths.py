@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#aa4499", "#8c6d31", "#56b4e9")
 GREY, INK = "#9a9a9a", "#222222"
@@ -33,8 +34,8 @@ def colour(number: int) -> str:
 
 
 def shown(text: str, most: int | None = None) -> str:
-    """A token as it can be written down: visible line ends and leading spaces, cut to `most` characters."""
-    text = text.replace("\n", "\u21b5").replace("\t", "\u21e5")
+    """A token as it can be written down: visible line ends and leading spaces, a sign for one without text, cut to `most` characters."""
+    text = (text or "\u2205").replace("\n", "\u21b5").replace("\t", "\u21e5")
     text = "\u00b7" + text[1:] if text.startswith(" ") else text
     return text if most is None or len(text) <= most else text[: most - 1] + "\u2026"
 
@@ -153,5 +154,7 @@ def draw_gains(axes: Axes, passes: Sequence[Pass]) -> None:
     axes.bar(range(1, len(gains) + 1), gains, color=[colour(i) for i in range(len(gains))], width=0.85)
     axes.axhline(mean, color=INK, linewidth=1, linestyle="--")
     axes.set_title(f"{sum(gains)} tokens in {len(gains)} passes: {mean:.2f} a pass", loc="left", fontsize=10)
-    axes.set(xlabel="pass of the model", ylabel="tokens", xlim=(0.4, len(gains) + 0.6), ylim=(0, max(gains) + 0.5))
+    axes.set(xlabel="pass of the model", ylabel="tokens", xlim=(0.4, max(len(gains), 16) + 0.6), ylim=(0, max(gains) + 0.5))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
     axes.spines[["top", "right"]].set_visible(False)

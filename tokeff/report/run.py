@@ -22,25 +22,40 @@ from tokeff.report.table import number
 def run(config: Config, out: str | os.PathLike[str], *, fresh: bool = False, args: Sequence[str] = ()) -> RunFolder:
     """Measure every key of an experiment that is not yet in the folder `out`, then write table, plots and report.
 
-    Nothing is written or loaded before the settings have been checked and the folder found writable. `args` is the
-    command line to record.
+    Nothing is loaded before the settings have been checked and the folder found writable, and nothing written before what is to be
+    measured fits what was loaded. `args` is the command line to record.
     """
     experiment = config.experiment.settled()
     experiment.check()
     keys, text = unique(list(experiment.keys()), experiment.name), config_text(experiment.identity())
     folder = RunFolder(out)
     folder.check_writable()
+    context = None if not fresh and set(keys) <= done_in(folder, experiment) else loaded(experiment)
     about = {"about": config.about, "file": config.path.as_posix(), "experiment": config_json(experiment)}
     where = environment.describe(args)
     with folder.alone():
         if fresh:
             folder.clear()
         folder.start(text, about, where)
-        done = {row["key"] for row in folder.rows() if experiment.stands(row)}
+        done = done_in(folder, experiment)
         with folder.appending() as appender:
-            _measure(experiment, keys, done, appender, {"commit": where["commit"], "dirty": where["dirty"]})
+            _measure(experiment, context, keys, done, appender, {"commit": where["commit"], "dirty": where["dirty"]})
         finish(folder, experiment, keys)
     return folder
+
+
+def done_in(folder: RunFolder, experiment) -> set[str]:
+    """Keys of the measurements that stand there."""
+    return {row["key"] for row in folder.rows() if experiment.stands(row)}
+
+
+def loaded(experiment) -> Any:
+    """What the measurements share."""
+    start = time.perf_counter()
+    with waiting("loading"):
+        context = experiment.prepare()
+    print(f"loaded in {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
+    return context
 
 
 def unique(keys: list[str], name: str) -> list[str]:
@@ -53,7 +68,7 @@ def unique(keys: list[str], name: str) -> list[str]:
     return keys
 
 
-def _measure(experiment, keys: list[str], done: set[str], appender, stamp: dict[str, Any]) -> None:
+def _measure(experiment, context: Any, keys: list[str], done: set[str], appender, stamp: dict[str, Any]) -> None:
     """Measure the keys that are not done, showing how far the run is."""
     left = [key for key in keys if key not in done]
     if len(left) < len(keys):
@@ -61,8 +76,6 @@ def _measure(experiment, keys: list[str], done: set[str], appender, stamp: dict[
     if not left:
         return
     with progress(len(left)) as step:
-        with step("loading"):
-            context = experiment.prepare()
         for key in left:
             with step(key):
                 start = time.perf_counter()
@@ -101,10 +114,7 @@ def kept_of(folder: RunFolder, rows: Sequence[dict[str, Any]]) -> list[tuple[str
 
 @contextlib.contextmanager
 def progress(total: int, stream: TextIO | None = None) -> Iterator[Any]:
-    """Yield step(name), a context manager around each piece of work: a bar on a terminal, plain lines elsewhere.
-
-    The step named 'loading' is shown but not counted.
-    """
+    """Yield step(name), a context manager around each piece of work: a bar on a terminal, plain lines elsewhere."""
     console = Console(file=stream or sys.stderr)
     show = _bar(console, total) if console.is_terminal else _lines(stream or sys.stderr, total)
     with show as step:
@@ -122,7 +132,7 @@ def _bar(console: Console, total: int) -> Iterator[Any]:
         def step(name: str):
             bar.update(task, description=name)
             yield
-            bar.advance(task, 0 if name == "loading" else 1)
+            bar.advance(task)
 
         yield step
 
@@ -137,9 +147,6 @@ def _lines(stream: TextIO, total: int) -> Iterator[Any]:
         start = time.perf_counter()
         yield
         seconds = time.perf_counter() - start
-        if name == "loading":
-            print(f"loaded in {seconds:.1f} s", file=stream, flush=True)
-            return
         took.append(seconds)
         left = sum(took) / len(took) * (total - len(took))
         print(f"[{len(took)}/{total}] {name}: {seconds:.1f} s, about {left:.0f} s left", file=stream, flush=True)

@@ -8,7 +8,7 @@ import matplotlib
 import numpy as np
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure as Drawing
-from matplotlib.ticker import ScalarFormatter
+from matplotlib.ticker import StrMethodFormatter
 
 from tokeff.errors import UserError
 from tokeff.models.audio import HOP, RATE
@@ -62,6 +62,6 @@ def merged_rows(mel_TI: np.ndarray, sources: Mapping[str, np.ndarray], upto: flo
         panels[-1].set_xlabel("seconds; bands of the mel scale upwards; each strip: how many input rows the row there holds")
         if strip is not None:
             bar = drawing.colorbar(strip, ax=list(panels), shrink=0.6, aspect=30, pad=0.01)
-            bar.ax.yaxis.set_major_formatter(ScalarFormatter())
+            bar.ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
             bar.ax.set_ylabel("input rows in one row", fontsize=8.5)
         return as_image(drawing, "merged-rows", "What merged rows hold", wide=True)

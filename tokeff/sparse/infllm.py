@@ -12,7 +12,6 @@ from tokeff.errors import UserError
 from tokeff.kernels import merge
 from tokeff.kv.cache import Rows, per_head, take_rows
 from tokeff.kv.hosted import Store, near_at
-from tokeff.kv.keep import numbers
 from tokeff.kv.policy import Ask, Prefilled, pad_slots
 from tokeff.kv.read import read_draft
 from tokeff.models.attention import scores

@@ -75,7 +75,7 @@ def kascade(
 
 
 def infllm(
-    budget: Budget = 0.125, page: int = 16, count: int = 2, sinks: int = 16, recent: int = 128, dense: tuple[int, ...] = (),
+    budget: Budget = 0.125, page: int = 16, count: int = 2, sinks: int = 16, recent: int = 48, dense: tuple[int, ...] = (),
     host: bool = False,
 ) -> OneDistance:  # fmt: skip
     """InfLLM (Xiao et al. 2024): first rows, a window of recent ones, and the blocks whose representatives answer the query; all that

@@ -1,0 +1,235 @@
+"""Pictures in a prompt: rows that enter as vectors, rows left out, and methods before, in and behind the decoder in one generation."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+import tokenizers
+from dense import Causal
+
+from tokeff.decode.methods import token_recycling
+from tokeff.generation import Setup, go, new_tokens, start
+from tokeff.kv import methods as kv
+from tokeff.kv.evidence import Ask
+from tokeff.kv.prefill import Embeds, prefill
+from tokeff.kv.retell import Retold
+from tokeff.models.config import Precision
+from tokeff.models.flow import EMPTY
+from tokeff.models.llava import Llava, LlavaConfig, LlavaParams, Pixels, generate, mixed, picture_rows, prepare, read, see
+from tokeff.models.load import Model
+from tokeff.models.pixels import Preprocessing
+from tokeff.models.tokenizer import Tokenizer
+from tokeff.models.transformer import embed, orders, stack, unembed
+from tokeff.models.vit import encode
+from tokeff.models.vit_config import AttentionPool, ViTBlock, ViTConfig, ViTParams
+from tokeff.reduce.merge import ToMe, schedule
+from tokeff.reduce.methods import promptdistill
+from tokeff.reduce.visual import DivPrune, FasterVLM, VisionZip
+from tokeff.reduce.visual_baselines import PooledPatches
+from tokeff.sharding import letters
+from tokeff.sparse.methods import quest, tri_shape
+
+pytestmark = pytest.mark.core
+IMAGE = tiny.CFG.V - 1
+TOWER = ViTConfig("tower", D=16, F=24, L=3, N=2, image=(24, 24), patch=4, pre_norm=True, norm_rows=False, act="quick_gelu", eps=1e-5)
+
+
+def random(kind, sizes, rng, **more):
+    """Random arrays for every field of a state that has no default; the letters of its name give its shape."""
+    made = {}
+    for f in dataclasses.fields(kind):
+        if f.default is dataclasses.MISSING and f.name not in more:
+            shape = [getattr(sizes, letter) for letter in letters(f.name)]
+            scale = shape[-1] ** -0.5 if len(shape) > 1 else 1.0
+            made[f.name] = jnp.asarray(rng.normal(size=shape) * scale + ("norm_D" in f.name), jnp.float32)
+    return kind(**made, **more)
+
+
+def tower(cfg=TOWER, seed=0) -> ViTParams:
+    rng = np.random.default_rng(seed)
+    bias = {f"{x}_bias_NH": jnp.asarray(rng.normal(size=(cfg.N, cfg.H)), jnp.float32) for x in "qkv"}
+    ends = {name: jnp.asarray(rng.normal(size=cfg.D), jnp.float32) for name in ("cls_D", "pre_norm_D", "pre_norm_bias_D")}
+    return random(ViTParams, cfg, rng, blocks=tuple(random(ViTBlock, cfg, rng, **bias) for _ in range(cfg.L)), **ends)
+
+
+@functools.cache
+def model() -> Llava:
+    """The tests' tiny decoder behind a tiny CLIP tower."""
+    rng = np.random.default_rng(1)
+    into, out = rng.normal(size=(tiny.CFG.D, TOWER.D)) / 4, rng.normal(size=(tiny.CFG.D, tiny.CFG.D)) / 3
+    params = LlavaParams(tower(), jnp.asarray(into, jnp.float32), jnp.asarray(out, jnp.float32))
+    text = Model(tiny.CFG, tiny.params(), None, Precision(), "tiny")
+    return Llava(LlavaConfig(TOWER, IMAGE, (1,)), params, text, None, "tiny-llava")
+
+
+def asked():
+    """(prompts with one image token each, their pictures)."""
+    rng = np.random.default_rng(2)
+    ids = [[t % 60 for t in tiny.prompts()[b][:n]] for b, n in ((0, 20), (1, 15))]
+    pictures = [[Pixels(rng.normal(size=(1, 24, 24, 3)).astype(np.float32))] for _ in ids]
+    return [[*row[:4], IMAGE, *row[4:]] for row in ids], pictures
+
+
+def written(setup, new=12, **options) -> list[list[int]]:
+    """The tokens of one generation."""
+    v, (ids, pictures) = model(), asked()
+    prompt = read(v, ids, pictures, setup, new, **options)
+    return new_tokens(go(v.text, start(v.text, prompt, setup, new), setup, new, ()))
+
+
+def test_vectors_of_tokens_are_tokens():
+    """Rows given as the tokens' own embeddings, with or without their places, leave what the tokens leave."""
+    tokens, length = tiny.padded(tiny.prompts())
+    wanted = (Ask(last=6), Retold(piece=40, ask=(3, 5)))
+    known = prefill(tiny.params(), tiny.CFG, tokens, length, evidence=wanted)
+    order = orders(length, tokens.shape[1])
+    x = embed(tiny.params(), tiny.CFG, tokens, order).x_BTD
+    for embeds, some in ((Embeds(x), wanted), (Embeds(x, order), wanted[:1])):
+        got = prefill(tiny.params(), tiny.CFG, tokens, length, evidence=some, embeds=embeds)
+        same = known.replace(layers=tuple(rows.replace(evidence_BKS={a: rows.evidence_BKS[a] for a in some}) for rows in known.layers))
+        assert jax.tree.structure(got) == jax.tree.structure(same)
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(same), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_rows_left_out_are_rows_not_seen():
+    """Rows that keep their places read what they would read if the others were masked; renumbered they do not."""
+    v, (ids, pictures) = model(), asked()
+    left = [[picture_rows(v, p, FasterVLM(9)) for p in some] for some in pictures]
+    texts, tokens, length, embeds = mixed(v, ids, left, "kept")
+    assert [len(t) for t in texts] == [20 + 36, 15 + 36] and embeds.place_BM is not None
+    order = np.full(tokens.shape, EMPTY, np.int32)
+    x = np.array(embed(v.text.params, v.text.cfg, tokens, orders(length, tokens.shape[1])).x_BTD)
+    for b, places in enumerate(np.asarray(embeds.place_BM)):
+        real = places[places != EMPTY]
+        order[b, real], x[b, real] = real, np.asarray(embeds.x_BMD)[b, : len(real)]
+        assert len(real) == len(ids[b]) - 1 + 9
+    flow = embed(v.text.params, v.text.cfg, tokens, jnp.asarray(order)).replace(x_BTD=jnp.asarray(x))
+    flow, *_ = stack(v.text.params, v.text.cfg, flow, (None,) * v.text.cfg.L, policy=Causal())
+    known = np.asarray(unembed(v.text.params, v.text.cfg, flow.x_BTD))[np.arange(2), np.asarray(length) - 1]
+    kept, renumbered = (
+        read(v, ids, pictures, Setup(), 1, reduce=FasterVLM(9), positions=positions) for positions in ("kept", "renumbered")
+    )
+    np.testing.assert_allclose(kept.logits_BV, known, atol=1e-4)
+    assert np.abs(np.asarray(renumbered.logits_BV) - known).max() > 1e-2
+    assert kept.next_B.tolist() == [56, 51] and renumbered.next_B.tolist() == [29, 24]
+
+
+def test_policies_hold_rows_with_gaps():
+    """What enters is what can be kept: no row that was left out, none twice, and the newest one always."""
+    v, (ids, pictures) = model(), asked()
+    prompt = read(v, ids, pictures, Setup(kv.h2o(0.5)), 2, reduce=FasterVLM(9), positions="kept")
+    there = [set(heads[0]) for heads in tiny.kept(tiny.FULL, tiny.packed(tiny.FULL, prompt)[0])]
+    assert [len(rows) for rows in there] == [29, 24]
+    for policy in (kv.h2o(0.5), kv.streaming_llm(0.5), quest(0.5, 4, (0,), 8)):
+        for t, (logits, layers) in enumerate(tiny.forced(policy, tiny.packed(policy, prompt), prompt, [[3, 5], [7, 9]])):
+            assert np.isfinite(logits).all()
+            for rows, heads in zip(there, tiny.kept(policy, layers[-1]), strict=True):
+                last = max(rows) + 1 + t
+                for held in heads:
+                    assert held[-1] == last and len(set(held)) == len(held) and set(held) <= rows | set(range(last - t, last + 1))
+
+
+@pytest.mark.parametrize(("reduce", "positions"), [(FasterVLM(12), "kept"), (VisionZip(8, 4), "renumbered"), (None, "renumbered")])
+def test_reduction_eviction_and_drafts_in_one_generation(reduce, positions):
+    """Fewer rows of a picture, SnapKV's rows of the prompt, and Token Recycling's drafts: the text of the same without drafts."""
+    few = kv.snapkv(0.5, 6)
+    plain = written(Setup(few), reduce=reduce, positions=positions)
+    assert written(Setup(few, decode=token_recycling(tree=tiny.TREE)), reduce=reduce, positions=positions) == plain
+    assert [len(row) for row in plain] == [12, 12]
+
+
+def test_a_pass_above_reduction():
+    """PromptDistill ranks what is left of the picture and the text; DivPrune works behind the projector."""
+    assert [len(row) for row in written(Setup(kv.snapkv(0.5, 6), promptdistill(0.5, 1)), reduce=DivPrune(12), positions="kept")] == [12, 12]
+
+
+def test_reduction_compiles():
+    v, pixels = model(), asked()[1][0][0].crops_BYXC
+    for reduce in (FasterVLM(9), PooledPatches((3, 3))):
+        got = jax.jit(lambda x, reduce=reduce: see(v, x, reduce))(pixels)
+        known = see(v, jnp.asarray(pixels), reduce)
+        np.testing.assert_array_equal(got.place_BM, known.place_BM)
+        np.testing.assert_allclose(got.x_BMD, known.x_BMD, atol=1e-5)
+
+
+def test_merging_inside_the_tower():
+    """ToMe takes rows away layer by layer; none taken is the tower itself, and sizes always add up to the rows there were."""
+    v, pixels = model(), asked()[1][0][0].crops_BYXC
+    whole = encode(v.params.tower, TOWER, pixels)
+    nothing = encode(v.params.tower, TOWER, pixels, reduce=ToMe(), drop=(0, 0, 0))
+    np.testing.assert_allclose(nothing.x_BSD, whole.x_BSD, atol=1e-5)
+    drop = schedule(TOWER.S, TOWER.L, 5, 1)
+    got = encode(v.params.tower, TOWER, pixels, reduce=ToMe(), drop=drop)
+    assert got.x_BSD.shape[1] == TOWER.S - 15 and float(got.size_BS.sum()) == TOWER.S and float(got.size_BS[0, 0]) == 1
+    assert np.bincount(np.asarray(got.source_BS[0]), minlength=TOWER.S - 15).tolist() == np.asarray(got.size_BS[0]).astype(int).tolist()
+
+
+def test_what_cannot_work_is_refused_in_one_line(one_line):
+    v, (ids, pictures) = model(), asked()
+    for setup, options, word in (
+        (Setup(bounded=8), {}, "bounded"), (Setup(), {"reduce": VisionZip(8, 4), "positions": "kept"}, "renumbered"),
+        (Setup(), {"positions": "new"}, "positions"), (Setup(), {"reduce": FasterVLM(99)}, "budget"),
+        (Setup(kv.kvzip(0.5)), {"reduce": FasterVLM(9), "positions": "kept"}, "renumber"),
+        (Setup(prefill=kv.cacheblend(16, dense=4)), {}, "every token"),
+        (Setup(prefill=tri_shape()), {"reduce": FasterVLM(9), "positions": "kept"}, "renumber"),
+    ):  # fmt: skip
+        with one_line(word):
+            read(v, ids, pictures, setup, 4, **options)
+    with one_line("image tokens"):
+        read(v, [ids[0][5:], ids[1]], pictures, Setup(), 4)
+    with one_line("one crop"):
+        picture_rows(v, Pixels(np.zeros((2, 24, 24, 3), np.float32)))
+    with one_line("images of"):
+        picture_rows(v, Pixels(np.zeros((1, 20, 24, 3), np.float32)))
+
+
+def test_every_array_is_named_by_its_letters():
+    """So that the sharding table lays towers out too."""
+    for kind in (ViTBlock, AttentionPool, ViTParams, LlavaParams):
+        for f in dataclasses.fields(kind):
+            assert letters(f.name) or f.name in ("blocks", "pool", "tower"), f.name
+
+
+def test_two_pictures_and_none():
+    """Prompts of a batch may have different numbers of pictures; one without any reads what its tokens read."""
+    v, (ids, pictures) = model(), asked()
+    two, none = [*ids[0][:9], IMAGE, *ids[0][9:]], [t for t in ids[1] if t != IMAGE]
+    seen = [[picture_rows(v, p, FasterVLM(9)) for p in (pictures[0][0], pictures[1][0])], []]
+    texts, tokens, length, embeds = mixed(v, [two, none], seen)
+    assert [len(text) for text in texts] == [20 + 18, 15] and texts[1] == none and embeds.place_BM is None
+    np.testing.assert_array_equal(embeds.x_BMD[0, 4:13], seen[0][0].x_MD)
+    np.testing.assert_array_equal(embeds.x_BMD[0, 17:26], seen[0][1].x_MD)
+    got = prefill(tiny.params(), tiny.CFG, tokens, length, embeds=embeds)
+    known = prefill(tiny.params(), tiny.CFG, tokens, length)
+    np.testing.assert_array_equal(got.logits_BV[1], known.logits_BV[1])
+
+
+def test_a_picture_is_prepared_as_its_model_says(one_line):
+    """One crop, or a thumbnail and the crops of its canvas with the picture's own size."""
+    v, given = model(), np.zeros((30, 47, 3), np.uint8)
+    with one_line("preprocessor_config.json"):
+        prepare(v, given)
+    v = dataclasses.replace(v, preprocessing=Preprocessing(exact=(24, 24)))
+    assert prepare(v, given).crops_BYXC.shape == (1, 24, 24, 3)
+    large = dataclasses.replace(v, cfg=dataclasses.replace(v.cfg, canvases=((24, 48), (48, 48))))
+    pixels = prepare(large, given)
+    assert pixels.crops_BYXC.shape == (5, 24, 24, 3) and pixels.size == (30, 47)
+
+
+def test_generate_takes_text_and_pictures(one_line):
+    """Words in, words out: the tokens of `read` and the loop."""
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(tiny.CFG.V)}, unk_token="w0"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    v, (ids, pictures) = model(), asked()
+    v = dataclasses.replace(v, text=dataclasses.replace(v.text, tokenizer=Tokenizer(words, tiny.CFG.V)))
+    texts, setup = [" ".join(f"w{t}" for t in row) for row in ids], Setup(kv.snapkv(0.5, 6))
+    out = generate(v, texts, pictures, setup=setup, reduce=FasterVLM(12), positions="kept", max_new=12, stop=False)
+    assert out.tokens == written(setup, reduce=FasterVLM(12), positions="kept")
+    assert out.texts[0] == " ".join(f"w{t}" for t in out.tokens[0])
+    with one_line("one list for each prompt"):
+        generate(v, texts, pictures[:1])
