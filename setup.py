@@ -37,6 +37,7 @@ setup(
         "tokenizers>=0.22",
         "jinja2>=3.1",
         "matplotlib>=3.10",
+        "pillow>=11",
         "rich>=14",
         "tyro>=1.0",
         "tqdm>=4.66",
@@ -49,7 +50,7 @@ setup(
             "flatbuffers",
             "absl-py",
             "bm25s>=0.3",
-            "pytest>=9",
+            "pytest>=9,<9.2",  # xdist 3.8 loses its groups with 9.2, and every cached run is made on every worker
             "pytest-xdist>=3.8",
             "hypothesis>=6",
             "ruff>=0.14",

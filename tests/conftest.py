@@ -47,6 +47,9 @@ MARKERS = ("core", "interp", "aot", "peers", "slow")
 
 def pytest_collection_finish(session):
     """Tracing makes many small objects that live long: with Python's own thresholds a sixth of the time goes to looking through them."""
+    grouped = [item for item in session.items if item.get_closest_marker("xdist_group")]
+    if getattr(session.config.option, "loadgroup", False) and grouped and "@" not in grouped[0].nodeid:
+        raise pytest.UsageError("this pytest-xdist does not see groups of tests under this pytest; install '.[test]' again")
     gc.collect()
     gc.freeze()
     gc.set_threshold(100_000, 20, 50)

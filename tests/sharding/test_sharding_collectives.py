@@ -32,7 +32,7 @@ EXTRA = {
     "HiP": 1,  # does any sequence choose anew?
     "LServe": 1,
     "Recycled": 1,
-    "FFN-SkipLLM": 1,  # may all rows go without?
+    "FFN-SkipLLM": 2,  # may all rows go without? in each layer between the cold ones
     "TokenRecycling": 2,  # the best successors of each part of the vocabulary: values and indices
 }
 
