@@ -126,7 +126,7 @@ def _smallest(rows: Sequence[dict[str, Any]]) -> Fact | None:
     best = _least([row for row in every if (number(row.get("held")) or 1.0) < 0.99], "held")
     if best is None:
         return None
-    return Fact(clean(best["method"]), "fewest bytes held with every needle answered", f"n={best['n']}{_bytes(best)}")
+    return Fact(clean(best["method"]), "fewest bytes held with every needle answered", f"n={best['n']}{_bytes(best, 'held')}")
 
 
 def _fastest(rows: Sequence[dict[str, Any]], full: dict[str, Any]) -> Fact | None:
@@ -170,9 +170,9 @@ def _least(rows: Sequence[dict[str, Any]], name: str) -> dict[str, Any] | None:
     return min(having, key=lambda row: number(row[name]) or 0.0) if having else None
 
 
-def _bytes(row: dict[str, Any]) -> str:
-    """Return the ratio the row is budgeted by, for fine print."""
-    name = "read" if row.get("budgeted_by") == "read" else "held"
+def _bytes(row: dict[str, Any], name: str | None = None) -> str:
+    """Return a ratio for fine print: the one the row is budgeted by, or the one named."""
+    name = name or ("read" if row.get("budgeted_by") == "read" else "held")
     value = number(row.get(name))
     return "" if value is None else f", {100 * value:.1f}% of the bytes {name}"
 
