@@ -2,7 +2,7 @@
 
 Command:   tokeff run configs/quickstart.py
 Hardware:  2 CPU cores, float32
-Time:      5 min 14 s with an empty compile cache, model on disk
+Time:      5 min 13 s with an empty compile cache, model on disk
 Expected:  Full answers 3 of 3 needles; KL to the full cache: Random 0.73, SnapKV 0.06, ShadowKV 0.05, TidalDecode 0.10, GemFilter 0.11;
            both drafters commit 1.8 tokens a pass and change nothing
 """

