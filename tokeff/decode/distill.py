@@ -24,12 +24,12 @@ from tokeff.kv.cache import Room
 from tokeff.kv.extend import pack
 from tokeff.kv.policy import Full
 from tokeff.kv.prefill import Gather, blank, run_layers
+from tokeff.models.attention import NEG
 from tokeff.models.borrow import of_layers
 from tokeff.models.config import Config, Params
 from tokeff.models.load import Model
 from tokeff.models.transformer import embed, last_row, orders, rms_norm, unembed
 
-NEG = -1e30
 FULL = Full()
 
 

@@ -89,6 +89,7 @@ class OwnTree(OwnModel):
 
     @property
     def levels(self) -> Levels:
+        """The tree, level by level; every drafter of this kind has its own."""
         raise NotImplementedError
 
     @property

@@ -82,13 +82,14 @@ def settled_row(row: Any, listed: Method, found: Calibration | None, model: str)
     return replace(row, calibrated=False)
 
 
-def fitting(m: Model, rows: Sequence[Line], lengths: Sequence[int]) -> Model:
-    """The model, once every row was found to fit it and texts of these lengths, and calibrations to be made with its weights."""
+def fitting(m: Model, rows: Sequence[Line], lengths: Sequence[int], new: int = 1) -> Model:
+    """The model, once every row was found to fit it and texts of these lengths with `new` tokens behind them, and calibrations to be made
+    with its weights."""
     if any(row.calibrated for row in rows) and (found := calibration.read(m.name)) is not None:
         found.check(m)
     for row in rows:
         try:
-            row.setup.fit(m).check(m, lengths, 1)
+            row.setup.fit(m).check(m, lengths, new)
         except UserError as error:
             raise UserError(f"{row.method}: {error}") from error
     return m
@@ -152,7 +153,7 @@ class Comparison(Experiment):
 
     def prepare(self) -> Bench:
         compile_cache()
-        return Bench(self, fitting(load(self.model), self.rows, self.contexts + self.speeds))
+        return Bench(self, fitting(load(self.model), self.rows, self.contexts + self.speeds, self.new))
 
     def measure(self, context: Bench, key: str) -> dict[str, Any]:
         method, length, *only = key.split("/")

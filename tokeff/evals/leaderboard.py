@@ -91,7 +91,8 @@ class Leaderboard(Experiment):
 
     def prepare(self) -> Shelf:
         compile_cache()
-        return Shelf(self, fitting(load(self.model), self.rows, sorted({batch.length for batch in self.batches})))
+        lengths, ahead = sorted({batch.length for batch in self.batches}), max(batch.ahead for batch in self.batches)
+        return Shelf(self, fitting(load(self.model), self.rows, lengths, ahead))
 
     def measure(self, context: Shelf, key: str) -> dict[str, Any]:
         forget_programs()

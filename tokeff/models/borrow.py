@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tokeff.errors import UserError
+from tokeff.models.checkpoint import new_folder
 from tokeff.models.config import Block, Config, Params, Precision
 from tokeff.models.fields import Fields, read_json
 from tokeff.models.hf import SafeTensors
@@ -50,8 +48,6 @@ def save_layers(path: str | Path, m: Model, layers: Sequence[int], target: Model
     from safetensors.numpy import save
 
     path = Path(path).absolute()
-    if path.exists():
-        raise UserError(f"{path} exists; choose another folder or delete it")
     if m.cfg != of_layers(target.cfg, layers, m.cfg.name):
         raise UserError(f"{m.name} is not made of layers of {target.name}; save it whole, with tokeff.models.checkpoint.save")
     data = save({name: _stored(m.params, key, m.cfg) for key, name in _wanted(m.cfg, m.params).items()})
@@ -59,18 +55,9 @@ def save_layers(path: str | Path, m: Model, layers: Sequence[int], target: Model
         "format": FORMAT, "name": m.cfg.name, "layers": list(layers), "sizes": _sizes(m.cfg), "target": _target(target),
         "sha256": hashlib.sha256(data).hexdigest(), "about": about,
     }  # fmt: skip
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tmp = Path(tempfile.mkdtemp(prefix=".save-", dir=path.parent))
-        try:
-            (tmp / "config.json").write_text(json.dumps(head, indent=1) + "\n", encoding="utf-8")
-            (tmp / WEIGHTS).write_bytes(data)
-            tmp.chmod(0o755)
-            os.rename(tmp, path)
-        finally:
-            shutil.rmtree(tmp, ignore_errors=True)
-    except OSError as e:
-        raise UserError(f"cannot write {path}: {e.strerror or e}") from None
+    with new_folder(path) as tmp:
+        (tmp / "config.json").write_text(json.dumps(head, indent=1) + "\n", encoding="utf-8")
+        (tmp / WEIGHTS).write_bytes(data)
     return path
 
 

@@ -29,32 +29,40 @@ from tokeff.models.tokenizer import Tokenizer, read_tokenizer, write_tokenizer
 FORMAT = "tokeff-1"
 
 
-def save(path: str | Path, cfg: Config, params: Params, tokenizer: Tokenizer | None = None) -> Path:
-    """Write a model folder. It appears under its name only when it is complete. One process only.
-
-    Raises UserError if the path exists or cannot be written.
-    """
-    path = Path(path).absolute()
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path`, which takes that name when what is written there is complete. UserError if the path exists or
+    cannot be written."""
     if path.exists():
         raise UserError(f"{path} exists; choose another folder or delete it")
-    if any(block.side for block in params.blocks):
-        raise UserError("these weights carry a method's learned parts, which a model folder does not hold; save them with side=None")
-    head = {"format": FORMAT, "optional": optional_fields(params), "config": dataclasses.asdict(cfg)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         tmp = Path(tempfile.mkdtemp(prefix=".save-", dir=path.parent))
         try:
-            (tmp / "config.json").write_text(json.dumps(head, indent=1), encoding="utf-8")
-            if tokenizer is not None:
-                write_tokenizer(tokenizer, tmp)
-            with _checkpointer() as checkpointer:
-                checkpointer.save(tmp / "arrays", _tree(params))
+            yield tmp
             tmp.chmod(0o755)
             os.rename(tmp, path)
         finally:
             shutil.rmtree(tmp, ignore_errors=True)
     except OSError as e:
         raise UserError(f"cannot write {path}: {e.strerror or e}") from None
+
+
+def save(path: str | Path, cfg: Config, params: Params, tokenizer: Tokenizer | None = None) -> Path:
+    """Write a model folder. It appears under its name only when it is complete. One process only.
+
+    Raises UserError if the path exists or cannot be written.
+    """
+    path = Path(path).absolute()
+    if any(block.side for block in params.blocks):
+        raise UserError("these weights carry a method's learned parts, which a model folder does not hold; save them with side=None")
+    head = {"format": FORMAT, "optional": optional_fields(params), "config": dataclasses.asdict(cfg)}
+    with new_folder(path) as tmp:
+        (tmp / "config.json").write_text(json.dumps(head, indent=1), encoding="utf-8")
+        if tokenizer is not None:
+            write_tokenizer(tokenizer, tmp)
+        with _checkpointer() as checkpointer:
+            checkpointer.save(tmp / "arrays", _tree(params))
     return path
 
 

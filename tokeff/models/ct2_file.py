@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from tokeff.errors import UserError
-from tokeff.models.gguf_header import Cursor
+from tokeff.models.gguf_header import Cursor, mapped
 
 TYPES = {0: np.float32, 1: np.int8, 2: np.int16, 3: np.int32, 4: np.float16, 5: ml_dtypes.bfloat16}  # 1 to 3 for single numbers alone
 VERSION, MAX_DIMS, GELU = 6, 4, 3
@@ -105,11 +105,7 @@ class Ct2Tensors:
 
 def read_tensors(path: Path) -> tuple[dict[str, Stored], mmap.mmap]:
     """Where every tensor of a model.bin lies, and the mapped file. Raises UserError, one line, for anything else."""
-    try:
-        with path.open("rb") as f:
-            buffer = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
-    except (OSError, ValueError) as e:
-        raise UserError(f"cannot read {path}: {e}") from None
+    buffer = mapped(path)
     c = Cursor(buffer, str(path))
     if c.scalar("<I", "the version") != VERSION or _name(c, "the name of the spec") != "WhisperSpec":
         raise UserError(f"{path} is not a Whisper model in CTranslate2's format, version {VERSION}; convert it again or give safetensors")

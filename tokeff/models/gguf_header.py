@@ -89,13 +89,18 @@ class Cursor:
         return n
 
 
-def read_header(path: Path) -> tuple[Header, mmap.mmap]:
-    """Header and the mapped file. Raises UserError, one line, for anything that is not a whole and consistent GGUF file."""
+def mapped(path: Path) -> mmap.mmap:
+    """The file as bytes that are read when they are looked at. UserError where it cannot be read or is empty."""
     try:
         with path.open("rb") as f:
-            buffer = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+            return mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
     except (OSError, ValueError) as e:
         raise UserError(f"cannot read {path}: {e}") from None
+
+
+def read_header(path: Path) -> tuple[Header, mmap.mmap]:
+    """Header and the mapped file. Raises UserError, one line, for anything that is not a whole and consistent GGUF file."""
+    buffer = mapped(path)
     c = Cursor(buffer, str(path))
     if c.take(4, "the magic number") != b"GGUF":
         raise UserError(f"{path} is not a GGUF file; give a Hugging Face folder, a .gguf file or a saved tokeff folder")

@@ -69,15 +69,17 @@ class RunFolder:
             for file in self.path.glob(pattern):
                 file.unlink()
 
+    def check_config(self, config_text: str, config: dict[str, Any]) -> None:
+        """Refuse a folder that holds a run of another config."""
+        if self.exists() and self.config_text() != config_text:
+            where = first_difference(self.config().get("experiment"), config["experiment"]) or CONFIG
+            raise UserError(
+                f"{self.path} holds a run of another config ({where}); choose another folder with --out, or replace it with --fresh"
+            )
+
     def start(self, config_text: str, config: dict[str, Any], environment: dict[str, Any]) -> None:
         """Take the folder for a run of this config, or go on with it; refuse a folder that holds another."""
-        if self.exists():
-            if self.config_text() != config_text:
-                where = first_difference(self.config().get("experiment"), config["experiment"]) or CONFIG
-                raise UserError(
-                    f"{self.path} holds a run of another config ({where}); choose another folder with --out, "
-                    "or replace it with --fresh"
-                )
+        self.check_config(config_text, config)
         self.write(CONFIG, config_text)  # first: its presence says that a run is here
         self.write(CONFIG_JSON, json.dumps(config, indent=2) + "\n")
         self.write(ENVIRONMENT, json.dumps(environment, indent=2) + "\n")

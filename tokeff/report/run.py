@@ -30,9 +30,11 @@ def run(config: Config, out: str | os.PathLike[str], *, fresh: bool = False, arg
     keys, text = unique(list(experiment.keys()), experiment.name), config_text(experiment.identity())
     folder = RunFolder(out)
     folder.check_writable()
-    context = None if not fresh and set(keys) <= done_in(folder, experiment) else loaded(experiment)
     about = {"about": config.about, "file": config.path.as_posix(), "experiment": config_json(experiment)}
     where = environment.describe(args)
+    if not fresh:
+        folder.check_config(text, about)
+    context = None if not fresh and set(keys) <= done_in(folder, experiment) else loaded(experiment)
     with folder.alone():
         if fresh:
             folder.clear()
