@@ -50,7 +50,7 @@ def readers(m: Model, source: str) -> list[Reader]:
 def log_p(reader: Reader, setup: Setup) -> np.ndarray:
     """log-probabilities (T, V) of the tokens after the text."""
     ids = reader.text.held_out
-    return np.asarray(jax.nn.log_softmax(reader.forced(reader.context(setup), setup, [ids], len(ids))[0], axis=-1))
+    return np.asarray(jax.nn.log_softmax(reader.forced(reader.context(setup), setup, [ids])[0], axis=-1))
 
 
 def figures(truth: list[np.ndarray], texts: list[Reader], setup: Setup) -> dict[str, float]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tiny
 
-from tokeff.decode.methods import paced, plain, prompt_lookup, token_recycling
+from tokeff.decode.methods import draft_model, paced, plain, prompt_lookup, token_recycling
 from tokeff.decode.paced import Paced, first_nodes, run_paced
 from tokeff.decode.sample import GREEDY
 from tokeff.errors import UserError
@@ -99,6 +99,7 @@ def test_a_cut_tree_is_a_tree():
     [
         lambda: paced(plain()),
         lambda: paced(paced(RECYCLING)),
+        lambda: paced(draft_model(tiny.CFG)),
         lambda: paced(RECYCLING, widths=(4, 8)),
         lambda: paced(RECYCLING, widths=(1,)),
         lambda: paced(RECYCLING, cost=((1, 1.0),)),

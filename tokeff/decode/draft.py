@@ -79,6 +79,7 @@ class Drafter:
 
     exact: ClassVar[bool] = True  # whether what it does beside proposing changes no token
     own_layers: ClassVar[bool] = False  # whether it runs some of the model's layers by themselves
+    every_pass: ClassVar[bool] = False  # whether it falls behind the text when a pass carries no draft
     taps: ClassVar[tuple[int, ...]] = ()  # layers whose output at every node `observe` wants
 
     @property

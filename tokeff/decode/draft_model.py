@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,8 @@ class OwnModel(Chained, Drafter):
 
     cfg: its sizes.
     """
+
+    every_pass: ClassVar[bool] = True  # its cache takes in what was accepted when it drafts
 
     cfg: Config
     length: int = 5

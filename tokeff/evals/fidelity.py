@@ -6,7 +6,7 @@ an answer is exact when every arg-max is right, which is when greedy decoding wo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,6 +82,9 @@ def _kl(p_TV, q_TV):
 class Reader:
     """Prefills of one or several contexts of equal length, read as a batch and shared by every combination that can share them.
 
+    All questions on a context are read beside each other too, as sequences of one batch: question i of text b is sequence
+    `b * questions + i`, so a pass reads the weights once for all of them. The texts have equally many.
+
     evidence: gathered by every prefill that does not need others, so that policies which want different evidence share one.
     """
 
@@ -90,8 +93,7 @@ class Reader:
         self.evidence = tuple(kind for kind in evidence if type(kind).revisit is Evidence.revisit)
         self.seconds: dict[Any, float] = {}
         self._contexts: dict[Any, Prompt] = {}
-        self._questions: dict[int, Prompt] = {}
-        self._own: tuple[Any, dict[int, Prompt]] = (None, {})
+        self._asked: dict[Any, Prompt] = {}
 
     @property
     def text(self) -> Encoded:
@@ -108,30 +110,32 @@ class Reader:
 
     def context(self, setup: Setup) -> Prompt:
         """The contexts alone, prefilled with the evidence this policy needs and the pass they go through."""
-        key = self.key(setup)
-        if key not in self._contexts:
-            self._contexts[key] = self.whole([text.context for text in self.texts], setup)
-        return self._contexts[key]
+        return self._held(self._contexts, setup, lambda: self.whole([text.context for text in self.texts], setup))
+
+    def asked(self, setup: Setup) -> Prompt:
+        """The contexts, each with each of its questions; continues the shared prefill unless a pass must rank the whole prompt."""
+        return self._held(self._asked, setup, lambda: self._ask(setup))
 
     def question(self, setup: Setup, i: int) -> Prompt:
-        """The contexts, each with its question `i`; continues the shared prefill unless a pass must rank the whole prompt."""
-        if setup.cut is not None:
-            return self.whole([text.context + text.questions[i] for text in self.texts], setup)
-        shared = bool(self.evidence) and setup.prefill is None and not setup.bounded and self.needs(setup) == self.evidence
-        found = self._questions
-        if not shared:  # of these only the latest kind stays, for the next budget of the same method
-            key = self.key(setup)
-            if self._own[0] != key:
-                self._own = key, {}
-            found = self._own[1]
-        if i not in found:
-            found[i] = self._asked(setup, i)
-        return found[i]
+        """The contexts with their question `i` alone."""
+        n = len(self.text.questions)
+        return of_sequences(self.asked(setup), lambda x: x[i::n])
 
-    def _asked(self, setup: Setup, i: int) -> Prompt:
-        T = max(len(question) for text in self.texts for question in text.questions)
-        tokens, length = pad([text.questions[i] for text in self.texts], T)
-        return self._prefill(tokens, length, setup, after=self.context(setup))
+    def _held(self, held: dict[Any, Prompt], setup: Setup, make: Callable[[], Prompt]) -> Prompt:
+        """Of the prefills that only some can share the latest stays, for the next budget of the same method."""
+        key, shared = self.key(setup), (self.evidence, None, None, None)
+        if key not in held:
+            for other in [k for k in held if k != shared]:
+                del held[other]
+            held[key] = make()
+        return held[key]
+
+    def _ask(self, setup: Setup) -> Prompt:
+        if setup.cut is not None:
+            return self.whole([text.context + question for text in self.texts for question in text.questions], setup)
+        n = len(self.text.questions)
+        tokens, length = snug([question for text in self.texts for question in text.questions])
+        return self._prefill(tokens, length, setup, after=of_sequences(self.context(setup), lambda x: jnp.repeat(x, n, axis=0)))
 
     def whole(self, ids: Sequence[tuple[int, ...]], setup: Setup) -> Prompt:
         tokens, length = pad(ids)
@@ -149,30 +153,28 @@ class Reader:
                 evidence=asks, cut=setup.cut, dtype=m.precision.cache, after=after, pattern=setup.prefill,
             )  # fmt: skip
 
-    def forced(self, prompt: Prompt, setup: Setup, ids: Sequence[tuple[int, ...]], T: int) -> list[np.ndarray]:
-        """Of each text the logits_TV that predict each of its `ids` in turn, all but the first read from the packed cache; padded to T."""
+    def forced(self, prompt: Prompt, setup: Setup, ids: Sequence[tuple[int, ...]]) -> list[np.ndarray]:
+        """Of each sequence the logits_TV that predict each of its `ids` in turn, all but the first read from the packed cache."""
+        T = max(map(len, ids))
         with beside(self.m.params):
             layers = pack(setup.kv, prompt.layers, setup.room(T), self.m.cfg)
-            logits = np.asarray(self._extend(layers, prompt, setup, [row[:-1] for row in ids], T))
+            logits = np.asarray(self._extend(layers, prompt.next_B, setup, [row[:-1] for row in ids]))
         first = np.asarray(prompt.logits_BV)
         return [np.concatenate([first[b : b + 1], logits[b, : len(row) - 1]]) for b, row in enumerate(ids)]
 
-    def _extend(self, layers, prompt: Prompt, setup: Setup, ids: Sequence[tuple[int, ...]], T: int):
-        tokens, length = pad(ids, T)
-        return extend(self.m.params, self.m.cfg, layers, tokens, prompt.next_B, length, setup.kv)[0]
+    def _extend(self, layers, next_B, setup: Setup, ids: Sequence[tuple[int, ...]]):
+        tokens, length = snug(ids)
+        return extend(self.m.params, self.m.cfg, layers, tokens, next_B, length, setup.kv)[0]
 
     def qualities(self, setup: Setup) -> list[Quality]:
         """Every question, each known when its context is compressed, and the held-out text, of each text under one combination."""
-        T, asked = max((len(answer) for text in self.texts for answer in text.answers), default=0), []
-        for i in range(len(self.text.answers)):
-            answers = [text.answers[i] for text in self.texts]
-            asked.append([given(x, a) for x, a in zip(self.forced(self.question(setup, i), setup, answers, T), answers, strict=True)])
+        answers, n = [answer for text in self.texts for answer in text.answers], len(self.text.answers)
+        found = [given(*both) for both in zip(self.forced(self.asked(setup), setup, answers), answers, strict=True)] if n else []
         ends = [text.held_out for text in self.texts]
-        held = self.forced(self.context(setup), setup, ends, max(map(len, ends)))
-        found = list(zip(*asked, strict=True)) if asked else [()] * len(self.texts)
+        held = self.forced(self.context(setup), setup, ends)
         return [
-            Quality(np.asarray([x[0] for x in of]), np.asarray([x[1] for x in of]), _nll(logits, ids), logits)
-            for of, logits, ids in zip(found, held, ends, strict=True)
+            Quality(*np.reshape(found[b * n : (b + 1) * n], (n, 2)).T, _nll(logits, ids), logits)
+            for b, (logits, ids) in enumerate(zip(held, ends, strict=True))
         ]
 
     def quality(self, setup: Setup) -> Quality:
@@ -183,18 +185,27 @@ class Reader:
     def later(self, setup: Setup) -> list[list[tuple[float, float]]]:
         """Of each text (exact, log-probability) of every answer when the context was compressed before any question was known, and
         each question is asked of it anew."""
-        if not self.text.answers:
+        n = len(self.text.answers)
+        if not n:
             return [[] for _ in self.texts]
-        prompt, found = self.context(setup), []
-        T = max(len(q) + len(a) for text in self.texts for q, a in zip(text.questions, text.answers, strict=True))
+        prompt = self.context(setup)
+        asked = [both for text in self.texts for both in zip(text.questions, text.answers, strict=True)]
+        room = setup.room(max(len(q) + len(a) for q, a in asked))
         with beside(self.m.params):
-            layers = pack(setup.kv, prompt.layers, setup.room(T), self.m.cfg)
-            for i in range(len(self.text.answers)):
-                rows = [(*text.questions[i], *text.answers[i][:-1]) for text in self.texts]
-                logits = np.asarray(self._extend(layers, prompt, setup, rows, T))
-                starts = [len(text.questions[i]) - 1 for text in self.texts]
-                found.append([given(logits[b, a : len(rows[b])], self.texts[b].answers[i]) for b, a in enumerate(starts)])
-        return [list(of) for of in zip(*found, strict=True)]
+            layers = setup.kv.fork(pack(setup.kv, prompt.layers, room, self.m.cfg), n, room)
+            logits = np.asarray(self._extend(layers, jnp.repeat(prompt.next_B, n), setup, [(*q, *a[:-1]) for q, a in asked]))
+        found = [given(x[len(q) - 1 : len(q) + len(a) - 1], a) for x, (q, a) in zip(logits, asked, strict=True)]
+        return [found[b * n : (b + 1) * n] for b in range(len(self.texts))]
+
+
+def snug(ids: Sequence[Sequence[int]]) -> tuple[jax.Array, jax.Array]:
+    """(tokens_BT, length_B) of short rows, of which a batch has many: padded to a multiple of eight, not to a prompt's bucket."""
+    return pad(ids, -(-max(map(len, ids)) // 8) * 8)
+
+
+def of_sequences(prompt: Prompt, do: Callable[[jax.Array], jax.Array]) -> Prompt:
+    """The prompt with `do` done to every array that has a row a sequence."""
+    return jax.tree.map(lambda x: do(x) if x.ndim else x, prompt)
 
 
 def given(logits_TV: np.ndarray, ids: tuple[int, ...]) -> tuple[float, float]:

@@ -60,15 +60,17 @@ def _logits(params, x_BTD, *, cfg):
 
 
 def _one_by_one(params, layers, tokens_BT, order_BT, *, cfg, policy):
-    """One compiled layer, whatever the number of tokens and layers; the caller's cache is copied once and then updated in place."""
+    """One compiled layer, whatever the number of tokens and layers; the caller's cache is copied once and then updated in place. Ends
+    with the longest sequence: what is padding everywhere is not run."""
     layers, logits = list(jax.tree.map(jnp.copy, layers)), []
     heres = [Here(alike(policy, None, cfg, i), cfg) for i in range(len(layers))]
-    for t in range(tokens_BT.shape[1]):
+    for t in range(max(1, int((order_BT != EMPTY).sum(axis=1).max()))):
         flow, across = _embed(params, tokens_BT[:, t : t + 1], order_BT[:, t : t + 1], cfg=cfg), None
         for i, (layer, here) in enumerate(zip(layers, heres, strict=True)):
             flow, layers[i], across = _one_layer(params.blocks[i], flow, layer, across, policy=policy, here=here)
         logits.append(_logits(params, flow.x_BTD, cfg=cfg)[:, 0])
-    return jnp.stack(logits, axis=1), tuple(layers)
+    logits = jnp.stack(logits, axis=1)
+    return jnp.pad(logits, ((0, 0), (0, tokens_BT.shape[1] - logits.shape[1]), (0, 0))), tuple(layers)
 
 
 @partial(jax.jit, static_argnames="cfg")
