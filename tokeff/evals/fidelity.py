@@ -101,8 +101,9 @@ class Reader:
         return self.texts[0]
 
     def needs(self, setup: Setup) -> tuple[Evidence, ...]:
+        """What a prefill gathers for this: what all ask for, where all can share it."""
         own = tuple(setup.kv.needs())
-        return self.evidence if set(own) <= set(self.evidence) else own
+        return self.evidence if setup == Setup(setup.kv) and set(own) <= set(self.evidence) else own
 
     def key(self, setup: Setup) -> Any:
         """What a prefill depends on."""
