@@ -1,7 +1,7 @@
 """Which implementation of an op runs: by name, or the first that supports the call on the platform it compiles for.
 
-Every op goes through `call`, which puts around the implementation, from the outside in: a gradient (through the op's
-XLA path), a `shard_map` on a multi-device mesh, and the choice of implementation.
+Every op goes through `call`, which puts around the implementation, from the outside in: a gradient (the op's own, or
+through its XLA path), a `shard_map` on a multi-device mesh, and the choice of implementation.
 """
 
 import logging
@@ -35,6 +35,7 @@ class Op:
     floats: int  # so many arrays, the first ones, are differentiable; the others are integers
     localise: Callable  # (arrays, index of this shard of C, options) -> arrays as the shard counts its slots
     combine: Callable  # (outs, mesh axis) -> outs: joins what the shards of C made of their own slots
+    backward: Callable | None = None  # f(arrays, outs, cotangents, **options) -> those of the floats; None: through the XLA path
 
     def __hash__(self):
         return hash(self.name)
@@ -78,11 +79,14 @@ def _differentiable(spec, floats, ints):
 
 
 def _forward(spec, floats, ints):
-    return _over_mesh(spec, (*floats, *ints)), (floats, ints)
+    outs = _over_mesh(spec, (*floats, *ints))
+    return outs, (floats, ints, outs if spec.op.backward else None)
 
 
 def _backward(spec, saved, cotangents):
-    floats, ints = saved
+    floats, ints, outs = saved
+    if spec.op.backward:
+        return spec.op.backward((*floats, *ints), outs, cotangents, **dict(spec.options)), None
     path = partial(spec.op.run["xla"], clean=True, **dict(spec.options))
     return jax.vjp(lambda *floats: path(*floats, *ints), *floats)[1](cotangents), None
 

@@ -12,12 +12,13 @@ from oracles import quant as oracle
 from oracles.against import STEPS, agree, dense, read
 
 from tokeff.errors import UserError
+from tokeff.kernels.quant_decode.codes import pack_bits, unpack_bits
 from tokeff.kv import methods as kv
 from tokeff.kv.cache import Room
 from tokeff.kv.coded import Fold
 from tokeff.kv.extend import pack
 from tokeff.kv.policy import Full, tree_bytes
-from tokeff.kv.quant import ByChannel, ByToken, pack_bits, unpack_bits
+from tokeff.kv.quant import ByChannel, ByToken
 
 pytestmark = pytest.mark.core
 BITS = (2, 4, 8)

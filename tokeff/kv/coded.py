@@ -2,8 +2,8 @@
 
 What the rule keeps of the prompt becomes pages of `page` rows, written down by one coder for keys and one for values. The last rows
 stay in full precision, in a window. Whenever `window` rows have gathered there they are coded together and the window is empty
-again: that is the boundary that `vacancy` clips drafts to, so drafts see the same codes that one-row decoding would. A read decodes
-the pages of one layer, for that layer only, and joins them to the window by log-sum-exp.
+again: that is the boundary that `vacancy` clips drafts to, so drafts see the same codes that one-row decoding would. A read attends to
+the pages of one layer in code (kernels/quant_decode), or decodes them for that layer only, and joins them to the window by log-sum-exp.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import jax.numpy as jnp
 from flax import struct
 
 from tokeff.errors import UserError
-from tokeff.kernels import merge
+from tokeff.kernels import merge, quant_decode
 from tokeff.kv.cache import Room, Rows, commit, empty_draft, hold, per_head, take_rows, visible, whole_tiles, write
 from tokeff.kv.keep import Keep
 from tokeff.kv.policy import Full, Policy, Prefilled, pad_slots
-from tokeff.kv.quant import Coder
+from tokeff.kv.quant import Coder, Quantised
 from tokeff.kv.read import read_draft, read_store
 from tokeff.models.attention import combine, scores, softmax
 from tokeff.models.flow import EMPTY, Accepted, Flow, Here
@@ -140,8 +140,13 @@ class Fold(Policy):
         return layer.replace(later=later, window=window, pages_B=layer.pages_B + n * full_B.astype(jnp.int32))
 
     def read_pages(self, q_BTNH, pages: Pages, ask: Flow, here: Here) -> tuple[jax.Array, jax.Array]:
-        """(out_BTNH, lse_BTN) over pages, decoded for this read only."""
-        k, v = (coder.decode(code) for coder, code in ((self.key, pages.key), (self.value, pages.value)))
+        """(out_BTNH, lse_BTN) over pages. Plain codes go to the kernel as they are; others are decoded, for this read only."""
+        key, value = pages.key, pages.value
+        if isinstance(key, Quantised) and isinstance(value, Quantised):
+            coded = (key.code_BKPRZ, key.zero_BKPRQ, key.step_BKPRQ, value.code_BKPRZ, value.zero_BKPRQ, value.step_BKPRQ)
+            bounds, cfg = (here.lo(ask.order_BT), ask.hi_BT), here.cfg
+            return quant_decode(q_BTNH, *coded, pages.order_BKPR, *bounds, scale=cfg.scale, softcap=cfg.softcap, finite=True)
+        k, v = (coder.decode(code) for coder, code in ((self.key, key), (self.value, value)))
         B, K, P, R, H = k.shape
         order = pages.order_BKPR.reshape(B, K, P * R)
         seen = visible(order, here.lo(ask.order_BT), ask.hi_BT)[:, :, None]

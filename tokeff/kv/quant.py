@@ -7,7 +7,6 @@ bytes for real. Zero and step are kept in the dtype of the cache, as the papers 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import reduce
 from typing import Any
 
 import jax
@@ -15,6 +14,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from tokeff.errors import UserError
+from tokeff.kernels.quant_decode.codes import dequantise, pack_bits
 from tokeff.models.attention import wide
 
 
@@ -59,18 +59,6 @@ class Quantised(struct.PyTreeNode):
     step_BKPRQ: jax.Array
 
 
-def pack_bits(code: jax.Array, bits: int) -> jax.Array:
-    """(..., H) whole numbers below 2**bits as (..., H * bits / 8) bytes. A byte holds numbers a fraction of H apart, so that unpacking
-    is shifts and one concatenation."""
-    parts = jnp.split(code.astype(jnp.uint8), 8 // bits, axis=-1)
-    return reduce(jnp.bitwise_or, (part << (bits * i) for i, part in enumerate(parts)))
-
-
-def unpack_bits(byte: jax.Array, bits: int) -> jax.Array:
-    """The inverse of `pack_bits`."""
-    return jnp.concatenate([(byte >> (bits * i)) & (2**bits - 1) for i in range(8 // bits)], axis=-1)
-
-
 def affine(x: jax.Array, bits: int, axis: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(code, zero, step) with one zero and step for all numbers along `axis`: the range cut into 2**bits - 1 equal steps."""
     wider = x.astype(wide(x.dtype))
@@ -103,7 +91,7 @@ class ByChannel(Coder):
         return Quantised(pack_bits(code, self.bits), zero, step)
 
     def decode(self, code: Quantised) -> jax.Array:
-        return code.zero_BKPRQ + code.step_BKPRQ * unpack_bits(code.code_BKPRZ, self.bits)
+        return dequantise(code.code_BKPRZ, code.zero_BKPRQ, code.step_BKPRQ, self.bits)
 
 
 @dataclass(frozen=True)
@@ -126,7 +114,4 @@ class ByToken(Coder):
         return Quantised(pack_bits(code.reshape(x_BKPRH.shape), self.bits), zero[..., 0], step[..., 0])
 
     def decode(self, code: Quantised) -> jax.Array:
-        number = unpack_bits(code.code_BKPRZ, self.bits)
-        *rows, Q = code.zero_BKPRQ.shape
-        grouped = number.reshape(*rows, Q, number.shape[-1] // Q)
-        return (code.zero_BKPRQ[..., None] + code.step_BKPRQ[..., None] * grouped).reshape(number.shape)
+        return dequantise(code.code_BKPRZ, code.zero_BKPRQ, code.step_BKPRQ, self.bits)

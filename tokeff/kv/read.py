@@ -1,24 +1,20 @@
-"""Reading a store: stored rows through the decode-attention kernel, draft rows beside them, merged by log-sum-exp."""
+"""Reading a store through the attention kernels: stored rows, and draft rows beside them, in one softmax."""
 
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 
-from tokeff.kernels import decode_attention, merge
+from tokeff.kernels import decode_attention, merge, tree_attention
+from tokeff.kernels.tree_attention.xla import over_draft
 from tokeff.kv.cache import Draft, Rows, among
-from tokeff.models.attention import combine, scores, softmax
 from tokeff.models.flow import Flow, Here
 
 
 def read_draft(q_BTNH: jax.Array, draft: Draft | None, ask: Flow, here: Here) -> tuple[jax.Array, jax.Array]:
     """(out_BTNH, lse_BTN) of draft queries over the draft rows that they descend from."""
     assert draft is not None, "this cache was packed without room for drafts"
-    cfg = here.cfg
-    seen = among(ask, here.lo(ask.order_BT), draft.order_BW)[:, None, None]
-    p, lse = softmax(scores(q_BTNH, draft.k_BKWH, cfg.scale, cfg.softcap), seen)
-    B, K, G, T = lse.shape
-    return combine(p, draft.v_BKWH), jnp.moveaxis(lse, 3, 1).reshape(B, T, K * G)
+    seen_BTW = among(ask, here.lo(ask.order_BT), draft.order_BW)
+    return over_draft(q_BTNH, draft.k_BKWH, draft.v_BKWH, seen_BTW, scale=here.cfg.scale, softcap=here.cfg.softcap)
 
 
 def read_store(
@@ -36,7 +32,20 @@ def read_store(
 
 def read_rows(q_BTNH: jax.Array, layer: Rows, ask: Flow, here: Here, pages: jax.Array | None = None, size: int = 1) -> jax.Array:
     """out_BTNH over the store (or over its pages of `size` slots named in pages_BKM) and, in a draft call, over the drafts."""
+    draft = layer.draft
+    if ask.among_BTW is not None and draft is not None and pages is None and layer.bias_BKC is None and _alike(q_BTNH, layer.k_BKCH, draft):
+        lo_BT = here.lo(ask.order_BT)
+        return tree_attention(
+            q_BTNH, layer.k_BKCH, layer.v_BKCH, layer.order_BKC, lo_BT, ask.hi_BT,
+            draft.k_BKWH, draft.v_BKWH, among(ask, lo_BT, draft.order_BW),
+            scale=here.cfg.scale, softcap=here.cfg.softcap, finite=True,
+        )[0]  # fmt: skip
     out, lse = read_store(q_BTNH, layer, ask, here, pages, size)
     if ask.among_BTW is not None:
         out, _ = merge(out, lse, *read_draft(q_BTNH, layer.draft, ask, here))
     return out
+
+
+def _alike(q_BTNH: jax.Array, k_BKCH: jax.Array, draft: Draft) -> bool:
+    """Whether queries, cache and draft are of one dtype, as the kernel wants them."""
+    return q_BTNH.dtype == k_BKCH.dtype == draft.k_BKWH.dtype

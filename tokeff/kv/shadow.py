@@ -8,13 +8,14 @@ so are the last ones. A query reads the best chunks by landmark: their keys are 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
 from tokeff.errors import UserError
-from tokeff.kernels import merge
+from tokeff.kernels import lowrank_scores, merge
 from tokeff.kv.budget import Budget, check_budget, most_rows, rows_of
 from tokeff.kv.cache import Room, Rows, empty_draft, take_rows, whole_tiles
 from tokeff.kv.host import place, rows_from_host
@@ -22,6 +23,7 @@ from tokeff.kv.policy import Policy, Prefilled, append, pad_slots, tree_bytes
 from tokeff.kv.read import read_draft, read_store
 from tokeff.models.attention import NEG, combine, scores, softmax
 from tokeff.models.flow import EMPTY, Accepted, Flow, Here
+from tokeff.models.rope import frequencies
 from tokeff.sharding import top_k
 
 
@@ -72,6 +74,8 @@ class ShadowKV(Policy):
     outliers: float | int = 0.003
     local: int = 4
     host: bool = False
+
+    raw_keys: ClassVar[bool] = True
 
     def check(self, cfg, length: int) -> None:
         check_budget(self.budget, length)
@@ -151,11 +155,14 @@ class ShadowKV(Policy):
         value, page = top_k(best, M, "BKTP")  # (B, K, T, M)
         value = jnp.where(jnp.arange(M) < layer.read_B[:, None, None, None], value, NEG)
         row = (page[..., None] * R + jnp.arange(R)).reshape(B, K, T * M * R)
-        low = jax.vmap(lambda low, row: low[row])(layer.low_BSY, row)
-        k = jnp.einsum("bkmy,bykh->bkmh", low, layer.basis_BYKH)
         order = jax.vmap(lambda order, row: order[row])(layer.order_BS, row)
-        k = here.rotate(k, jnp.maximum(order, 0))
         order = jnp.where(jnp.repeat(value > NEG, R, axis=-1).reshape(order.shape), order, EMPTY)
+        page, rope = jnp.where(value > NEG, page, EMPTY), cfg.rope_of(here.layer)
+        score = lowrank_scores(
+            q_BTNH, layer.low_BSY, layer.basis_BYKH, jnp.maximum(layer.order_BS, 0), page, jnp.asarray(frequencies(rope, H)),
+            gain=rope.attention_factor, page_size=R, scale=cfg.scale,
+        )  # fmt: skip
+        score = cfg.softcap * jnp.tanh(score / cfg.softcap) if cfg.softcap else score
 
         def fold(x):
             return jnp.moveaxis(x.reshape(B, K, T, M * R, *x.shape[3:]), 2, 1).reshape(B * T, K, M * R, *x.shape[3:])
@@ -163,7 +170,8 @@ class ShadowKV(Policy):
         lo, hi = here.lo(ask.order_BT).reshape(-1, 1), ask.hi_BT.reshape(-1, 1)
         order = fold(order)[:, :, None]
         seen = (order >= lo[:, None, :, None]) & (order <= hi[:, None, :, None])
-        p, lse = softmax(scores(q_BTNH.reshape(B * T, 1, N, H), fold(k), cfg.scale, cfg.softcap), seen[:, :, None])
+        score = jnp.moveaxis(score, 2, 1).reshape(B * T, K, N // K, 1, M * R)
+        p, lse = softmax(score, seen[:, :, None])
         return combine(p, fold(self.values(layer, row))).reshape(B, T, N, H), lse.reshape(B, T, N)
 
     def values(self, layer: Shadow, row_BKM: jax.Array) -> jax.Array:

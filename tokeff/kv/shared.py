@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from tokeff.compat import context_mesh
-from tokeff.kernels import decode_attention, merge
+from tokeff.kernels import merge, shared_prefix
 from tokeff.kv.cache import Room, Rows, empty_draft, whole_tiles
 from tokeff.kv.coded import check_rule
 from tokeff.kv.policy import Full, Policy, Prefilled, append
@@ -107,16 +107,10 @@ def branch(layer: Forked, times: int, room: Room) -> Forked:
 def read_level(q_BTNH: jax.Array, level: Level, ask: Flow, here: Here) -> tuple[jax.Array, jax.Array]:
     """(out_BTNH, lse_BTN) over a level: the queries of a group as if they were one sequence's."""
     level = on_each_device(level, q_BTNH.shape[0])
-    J, dtype = level.k_JKCH.shape[0], level.k_JKCH.dtype
-
-    def grouped(x_BTx):
-        return x_BTx.reshape(J, -1, *x_BTx.shape[2:])
-
-    out, lse = decode_attention(
-        grouped(q_BTNH.astype(dtype)), level.k_JKCH, level.v_JKCH, level.order_JKC, grouped(here.lo(ask.order_BT)), grouped(ask.hi_BT),
+    return shared_prefix(
+        q_BTNH.astype(level.k_JKCH.dtype), level.k_JKCH, level.v_JKCH, level.order_JKC, here.lo(ask.order_BT), ask.hi_BT,
         scale=here.cfg.scale, softcap=here.cfg.softcap, finite=True,
     )  # fmt: skip
-    return out.reshape(q_BTNH.shape), lse.reshape(q_BTNH.shape[:3])
 
 
 def on_each_device(level: Level, B: int) -> Level:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tokeff.kernels.lowrank_scores.rotation import turn
 from tokeff.models.attention import wide
 from tokeff.models.config import Rope
 
@@ -47,7 +48,4 @@ def rotate(x: jax.Array, angle: jax.Array, rope: Rope, *, inverse: bool = False)
     """
     freq = jnp.asarray(frequencies(rope, x.shape[-1]))
     theta = angle[..., None].astype(wide(x.dtype)) * freq
-    gain = 1 / rope.attention_factor if inverse else rope.attention_factor
-    cos, sin = jnp.cos(theta) * gain, jnp.sin(theta) * (-gain if inverse else gain)
-    a, b = jnp.split(x.astype(theta.dtype), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+    return turn(x, theta, 1 / rope.attention_factor if inverse else rope.attention_factor, inverse=inverse)

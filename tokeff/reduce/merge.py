@@ -1,7 +1,7 @@
 """Rows of an encoder that become one: token merging by bipartite soft matching (Bolya et al. 2023, ToMe).
 
 For encoders, whose rows all see each other: audio frames, image patches. Between the attention and the feed-forward of a layer r rows
-join rows that are like them, in three steps on plain arrays: `similarity` scores, `match` decides, `join` takes means.
+join rows that are like them, in three steps on plain arrays: `bipartite_match`, a kernel, scores, `match` decides, `join` takes means.
 
 x_BSD: rows. metric_BSH: what likeness is measured on, the mean of a row's keys over heads in the paper. size_BS (float32): how many
 rows of the input each row stands for, 1 at first. source_BS: for every row of the input of a step, the row of its output that holds it
@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tokeff.errors import UserError
+from tokeff.kernels import bipartite_match
 from tokeff.models.flow import EMPTY
 
 
@@ -45,25 +46,15 @@ def trace(before_BS: jax.Array, step_BM: jax.Array) -> jax.Array:
     return jnp.where(before_BS == EMPTY, EMPTY, after)
 
 
-def similarity(metric_BSH: jax.Array, protected: int = 0) -> jax.Array:
-    """cosine_BAE of every even row (set A) with every odd one (set B) in float32; -inf where one is among the first `protected` rows or
-    where it is no number."""
-    x = metric_BSH.astype(jnp.float32)
-    x = x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-20)
-    cosine = jnp.einsum("bah,beh->bae", x[:, ::2], x[:, 1::2], precision="highest")
-    free = jnp.arange(x.shape[1]) >= protected
-    return jnp.where(free[::2, None] & free[None, 1::2] & ~jnp.isnan(cosine), cosine, -jnp.inf)
-
-
-def match(cosine_BAE: jax.Array, r: int, protected: int = 0, ordered: bool = False) -> jax.Array:
+def match(closest_BA: jax.Array, partner_BA: jax.Array, S: int, r: int, protected: int = 0, ordered: bool = False) -> jax.Array:
     """source_BS: the r even rows with the closest partners join these; all others stay (ToMe, sec. 3, steps 1 to 5).
 
     Of equal candidates the earlier one counts. What stays stands as [protected, rest of A, rest of B], as in the released code, which
     leaves the rest of A in the order of its cosines where there is no class token; here it always keeps its own. ordered: rows stay in
     the order of the sequence, so that the next step again compares neighbours.
     """
-    B, A, E = cosine_BAE.shape
-    partner_BA, closest_BA = jnp.argmax(cosine_BAE, axis=2), jnp.max(cosine_BAE, axis=2)
+    B, A = closest_BA.shape
+    E = S - A
     _, joins_BR = jax.lax.top_k(closest_BA, r)
     gone_BA = jax.vmap(lambda at: jnp.zeros(A, bool).at[at].set(True))(joins_BR)
     stays_BS = _interleave(~gone_BA, jnp.ones((B, E), bool))
@@ -112,7 +103,7 @@ def merge(
     _, source_BS = whole(S, x_BSD.shape[0])
     while r:
         now = min(r, (S - protected) // 2)
-        step = match(similarity(metric_BSH, protected), now, protected, ordered)
+        step = match(*bipartite_match(metric_BSH, protected=protected), S, now, protected, ordered)
         S, r = S - now, r - now
         if r:
             metric_BSH, _ = join(metric_BSH, size_BS, step, S)

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 from flax import struct
 
 from tokeff.errors import UserError
+from tokeff.kernels import page_scores
 from tokeff.kv.cache import Rows, per_head
 from tokeff.kv.hosted import Store, near_at
 from tokeff.kv.policy import Prefilled
-from tokeff.models.attention import scores
 from tokeff.models.flow import EMPTY, Here
-from tokeff.sparse.select import Readable, Selector, check_page, in_pages
+from tokeff.sparse.select import Readable, Selector, Span, check_page, in_pages, open_pages
 
 
 class Bounds(struct.PyTreeNode):
@@ -70,10 +70,11 @@ class MinMax(Selector):
             per_head(lambda x, p, k: x.at[p].max(k, mode="drop"))(summary.high_BKPH, chunk, k),
         )
 
-    def worth(self, q_BTNH: jax.Array, layer: Readable, open_BKTP: jax.Array, here: Here) -> jax.Array:
+    def choose(self, q_BTNH: jax.Array, layer: Readable, span: Span, here: Here) -> jax.Array:
         bounds: Bounds = layer.summary
-        # max(q * low, q * high) takes `high` where q is positive and `low` where it is not: two matrix products.
-        up, down = jnp.maximum(q_BTNH, 0), jnp.minimum(q_BTNH, 0)
-        bound = scores(up, bounds.high_BKPH, here.cfg.scale, 0.0) + scores(down, bounds.low_BKPH, here.cfg.scale, 0.0)
-        B, K, G, T, _ = bound.shape
-        return bound.sum(axis=2).reshape(B, K, T, -1, self.page // self.rows).max(axis=-1)
+        seen = open_pages(layer.rows, span, self.size, here)
+        M = min(layer.far, seen.shape[-1])
+        _, page = page_scores(
+            q_BTNH, bounds.low_BKPH, bounds.high_BKPH, seen, most=M, chunks=self.page // self.rows, scale=here.cfg.scale
+        )
+        return jnp.where(jnp.arange(M) < layer.far_B[:, None, None, None], page, EMPTY)

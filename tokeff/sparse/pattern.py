@@ -15,13 +15,12 @@ import jax.numpy as jnp
 from flax import struct
 
 from tokeff.errors import UserError
-from tokeff.kv.cache import take_rows
+from tokeff.kernels import block_sparse_prefill
+from tokeff.kernels.block_sparse_prefill.xla import read
 from tokeff.kv.evidence import Evidence
-from tokeff.models.attention import NEG, combine, flash, scores
+from tokeff.models.attention import NEG, flash
 from tokeff.models.flow import EMPTY, Flow, Here
 from tokeff.sharding import top_k
-
-SEGMENT = 8  # query blocks that gather equally many key blocks: early ones have few before them
 
 
 class Reading(struct.PyTreeNode):
@@ -125,42 +124,12 @@ def pad_rows(x: jax.Array, R: int, axis: int, fill=0) -> jax.Array:
 
 
 def read_blocks(pattern: Pattern, rows: Rows, reading: Reading, here: Here) -> tuple[jax.Array, jax.Array]:
-    """Attention block by block: gather what the block reads, and nothing else."""
-    R, T = pattern.block, rows.q_BTNH.shape[1]
-    k, v, order = pad_rows(rows.k_BKSH, R, 2), pad_rows(rows.v_BKSH, R, 2), pad_rows(rows.order_BS, R, 1, EMPTY)
-    asked = (pad_rows(rows.q_BTNH, R, 1), pad_rows(rows.ask.order_BT, R, 1, EMPTY), pad_rows(rows.ask.hi_BT, R, 1, EMPTY))
-    asked = tuple(jnp.moveaxis(x.reshape(x.shape[0], -1, R, *x.shape[2:]), 1, 0) for x in asked)
-    block = jnp.moveaxis(reading.block_BKQM, 2, 0)
-    parts = []
-    for a in range(0, block.shape[0], SEGMENT):
-        most = min(block.shape[-1], rows.first // R + min(a + SEGMENT, block.shape[0]))
-        part = jax.tree.map(lambda x, a=a: x[a : a + SEGMENT], (*asked, block[..., :most]))
-
-        parts.append(jax.lax.map(lambda part: _one_block(pattern, part, (k, v, order), reading.row_BKM, here), part))
-    out, lse = (jnp.moveaxis(jnp.concatenate(x), 0, 1) for x in zip(*parts, strict=True))
-    return tuple(x.reshape(x.shape[0], -1, *x.shape[3:])[:, :T] for x in (out, lse))  # type: ignore[return-value]
-
-
-def _one_block(pattern: Pattern, asked, stored, row_BKM, here: Here) -> tuple[jax.Array, jax.Array]:
-    """(out_BTNH, lse_BTN) of one block of queries."""
-    (q_BTNH, order_BT, hi_BT, block_BKM), (k_BKSH, v_BKSH, order_BS) = asked, stored
-    (B, K, M), R = block_BKM.shape, pattern.block
-    any_BK1 = jnp.maximum(block_BKM.max(axis=-1, keepdims=True), 0)  # where there is no block: one that is read anyway
-    index = (jnp.where(block_BKM == EMPTY, any_BK1, block_BKM)[..., None] * R + jnp.arange(R)).reshape(B, K, M * R)
-    real = jnp.repeat(block_BKM != EMPTY, R, axis=-1)
-    if row_BKM is not None:  # unless its block is read anyway
-        inside = (row_BKM[..., None] // R == block_BKM[:, :, None]).any(axis=-1)
-        index = jnp.concatenate([index, jnp.where(row_BKM == EMPTY, any_BK1 * R, row_BKM)], axis=-1)
-        real = jnp.concatenate([real, (row_BKM != EMPTY) & ~inside], axis=-1)
-    k, v = take_rows(k_BKSH, index), take_rows(v_BKSH, index)
-    order = jnp.where(real, jnp.take_along_axis(order_BS[:, None], index, axis=2), EMPTY)[:, :, None]
-    mine = order_BT[:, None, :, None]
-    seen = (order >= here.lo(order_BT)[:, None, :, None]) & (order <= hi_BT[:, None, :, None])
-    seen = (seen & pattern.sees(mine, order, here))[:, :, None]
-    logits = jnp.where(seen, scores(q_BTNH, k, here.cfg.scale, here.cfg.softcap), NEG)
-    top = logits.max(axis=-1, keepdims=True)
-    e = jnp.where(seen, jnp.exp(logits - top), 0.0)
-    total = e.sum(axis=-1, keepdims=True)
-    out = combine(e / jnp.maximum(total, 1e-37), v)
-    lse = jnp.where(total > 0, top + jnp.log(jnp.maximum(total, 1e-37)), NEG)[..., 0]
-    return out, jnp.moveaxis(lse, 3, 1).reshape(*q_BTNH.shape[:3])
+    """(out_BTNH, lse_BTN), block by block: gather what the block reads, and nothing else."""
+    ask, chosen = rows.ask, (reading.block_BKQM, reading.row_BKM)
+    arrays = rows.q_BTNH, rows.k_BKSH, rows.v_BKSH, rows.order_BS[:, None], here.lo(ask.order_BT), ask.hi_BT, *chosen
+    options = {"size": pattern.block, "scale": here.cfg.scale, "softcap": here.cfg.softcap, "first": rows.first, "finite": True}
+    if type(pattern).sees is Pattern.sees:
+        out, lse = block_sparse_prefill(*arrays, **options)
+    else:  # a rule of its own, finer than blocks, is not built into kernels
+        out, lse = read(*arrays, **options, own_BT=ask.order_BT, rule=lambda mine, order: pattern.sees(mine, order, here))
+    return out, jnp.where(lse == -jnp.inf, NEG, lse)
