@@ -81,10 +81,10 @@ class Change:
     dense: int = 0
     share: float | None = None  # that a pass lets through
 
-    def partner(self, part: Any) -> Any:
-        if self.dense and hasattr(part, "dense"):
-            part = dataclasses.replace(part, dense=max(part.dense, self.dense))
-        return part if self.share is None else dataclasses.replace(part, budget=self.share)
+    def partner(self, m: Method, size: Size) -> Any:
+        """The partner, at its settings, changed."""
+        part = make(m, Change(YES, {} if self.share is None else {"budget": self.share}), size)
+        return dataclasses.replace(part, dense=max(part.dense, self.dense)) if self.dense and hasattr(part, "dense") else part
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def with_parts(*found: Method) -> Callable[[Method, Change, Size], Iterable[Setu
 
     def join(m: Method, change: Change, size: Size) -> Iterable[Setup]:
         others = [partner for partner in found if partner.part != m.part]
-        return [Setup(**{m.part: make(m, change, size), p.part: change.partner(make(p, Change(YES), size))}) for p in others]
+        return [Setup(**{m.part: make(m, change, size), p.part: change.partner(p, size)}) for p in others]
 
     return join
 

@@ -11,6 +11,7 @@ from tokeff.decode.draft import Drafter
 from tokeff.decode.draft_model import OwnModel
 from tokeff.listing import Method, methods
 from tokeff.models.config import Config
+from tokeff.reduce.listing import PictureMethod, picture_methods
 
 HOME = {"kv": "tokeff.kv", "sparse": "tokeff.sparse", "reduce": "tokeff.reduce", "decode": "tokeff.decode", "baseline": "tokeff.kv"}
 HOME |= {"reuse": "tokeff.kv"}
@@ -38,7 +39,7 @@ settings that the paper names, and `find(NAME).settings("paper")` all of them. `
 COLUMNS = ("method", "expression", "argument", "family", "output", "budget sets", "paper")
 
 
-def link(method: Method) -> str:
+def link(method: Method | PictureMethod) -> str:
     """The paper as a link, where it has an arXiv number."""
     paper = method.paper
     if paper is None:
@@ -74,12 +75,34 @@ def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     return "".join(f"| {' | '.join(row)} |\n" for row in (head, ("---",) * len(head), *rows))
 
 
+PICTURES = """
+## Pictures and videos
+
+`tokeff.models.llava.generate` takes these as `reduce`, beside everything above; [vision.md](vision.md) explains them.
+
+- *acts*: inside the image tower, on patches behind it, between a thumbnail and its crops, on patches given the text, or between frames.
+- *nothing is left out at*: settings at which all rows stay as they are; `grid` is as many cells as the tower has patches.
+
+"""
+
+
+def pictures() -> str:
+    """The section of what reduces rows before the decoder."""
+    head = ("method", "expression", "acts", "family", "nothing is left out at", "remark", "paper")
+    rows = []
+    for m in picture_methods():
+        same = ", ".join(f"`{k}={said(v)}`" for k, v in m.identity.items()) if m.identity is not None else "—"
+        source = link(m) if m.paper or m.family == "baseline" else "—"
+        rows.append((m.name, f"`tokeff.reduce.{m.make.__name__}()`", m.acts, m.family, same, "our reading" if m.reading else "", source))
+    return PICTURES + table(head, rows)
+
+
 def text() -> str:
     """The whole page."""
     listed = table(COLUMNS, map(cells, methods()))
     named = table(("method", "paper", "scaled", "remark"), (settings(m) for m in methods() if m.published is not None))
     about = "".join(f"- **{m.name}**: {(m.make.__doc__ or '').splitlines()[0]}\n" for m in methods())
-    return f"{HEAD}{listed}{SETTINGS}{named}\n## In one line each\n\n{about}"
+    return f"{HEAD}{listed}{SETTINGS}{named}\n## In one line each\n\n{about}{pictures()}"
 
 
 DRAFTERS = """# Drafters

@@ -23,18 +23,18 @@ decode.Typical(epsilon: 'float' = 0.09, delta: 'float' = 0.3)
 decode.aded(nodes: 'int' = 16, paths: 'int' = 8, length: 'int' = 6, simulations: 'int' = 32, successors: 'int' = 12, recent: 'int' = 16, \
 gain: 'float' = 0.04, cap: 'float' = 3.0, c1: 'float' = 32.0, c2: 'float' = 8.0) -> 'Trigram'
 decode.best_tree(rate: 'np.ndarray', cost: 'Cost', most: 'int' = 64) -> 'Tree'
-decode.draft_model(cfg: 'Config', length: 'int' = 5, copies: 'int' = 1, tree: 'tuple[tuple[int, ...], ...] | None' = None, coupled: \
-'bool' = True) -> 'DraftModel'
+decode.draft_model(cfg: 'Config', length: 'int' = 5, copies: 'int' = 1, tree: 'tuple[tuple[int, ...], ...] | None' = None, coupled: 'bool' \
+= True) -> 'DraftModel'
 decode.dynamic_exit(exits: 'tuple[int, ...]' = (4, 8, 12), lengths: 'tuple[int, ...]' = (2, 4, 6), every: 'int' = 8) -> 'DynamicExit'
 decode.early_exit(exit: 'int' = 8, length: 'int' = 6) -> 'EarlyExit'
 decode.equal_growth(cfg: 'Config', length: 'int' = 4, width: 'int' = 4, guesses: 'int' = 8, coupled: 'bool' = True) -> 'EqualGrowth'
 decode.ffn_skipllm(tau: 'float' = 0.98, head: 'Budget' = 0.5, tail: 'Budget' = 0.1, warm: 'int' = 4) -> 'FfnSkip'
-decode.find_skips(m: 'Model', ids: 'Sequence[int]', share: 'float' = 0.45, tail: 'int' = 50, *, tries: 'int' = 1000, good: 'float' = \
-0.93, patience: 'int' = 300, seed: 'int' = 0) -> 'Halves'
+decode.find_skips(m: 'Model', ids: 'Sequence[int]', share: 'float' = 0.45, tail: 'int' = 50, *, tries: 'int' = 1000, good: 'float' = 0.93, \
+patience: 'int' = 300, seed: 'int' = 0) -> 'Halves'
 decode.lookahead_decoding(window: 'int' = 3, ngram: 'int' = 5, guesses: 'int' = 3, pool: 'int' = 1024, fill: 'bool' = True, shift: 'bool' \
 = True) -> 'Lookahead'
-decode.lookahead_trie(nodes: 'int' = 16, length: 'int' = 10, query: 'int' = 2, weight: 'float' = 0.0001, own: 'float' = 0.5, most: 'int' \
-= 32) -> 'Trie'
+decode.lookahead_trie(nodes: 'int' = 16, length: 'int' = 10, query: 'int' = 2, weight: 'float' = 0.0001, own: 'float' = 0.5, most: 'int' = \
+32) -> 'Trie'
 decode.measured_cost(path: 'str | Path', context: 'int | None' = None) -> 'tuple[tuple[int, float], ...]'
 decode.paced(drafter: 'Drafter' = PromptLookup(rule=Coupled(), length=10, ngram=3, latest=False), widths: 'tuple[int, ...]' = (1, 4, 8, \
 16), cost: 'tuple[tuple[int, float], ...]' = ((1, 1.0), (2, 1.2), (4, 1.4), (8, 1.6), (16, 2.1), (32, 3.1), (64, 4.4)), rate: 'float' = \
@@ -50,8 +50,8 @@ decode.skip_decode(most: 'Budget' = 1.0, least: 'Budget' = 0.5, warm: 'int' = 1,
 'SkipDecode'
 decode.spectr(cfg: 'Config', length: 'int' = 4, copies: 'int' = 4) -> 'DraftModel'
 decode.suggest(m: 'Model', prompt: 'str | Sequence[int]', how: 'Superposed' = Superposed(drafts=3, top=None, alpha=0.54, weights=(0.01, \
-0.04, 0.15, 0.18, 0.12), temperature=0.06, penalty=200.0), *, new: 'int' = 16, ngrams: 'NGrams | None' = None, kv: 'Policy | None' = \
-None, stop: 'bool' = True) -> 'list[Suggestion]'
+0.04, 0.15, 0.18, 0.12), temperature=0.06, penalty=200.0), *, new: 'int' = 16, ngrams: 'NGrams | None' = None, kv: 'Policy | None' = None, \
+stop: 'bool' = True) -> 'list[Suggestion]'
 decode.swift(attention: 'tuple[int, ...]', ffn: 'tuple[int, ...]', length: 'int' = 5, candidates: 'int' = 3, sure: 'float' = 0.8) -> \
 'Swift'
 decode.token_recycling(tree: 'tuple[tuple[int, ...], ...]' = TREE_16, rank: 'int' = 8) -> 'TokenRecycling'
@@ -68,8 +68,8 @@ SparseWindow'
 kv.cacheblend(chunk: 'int' = 512, share: 'float' = 0.16, layer: 'int' = 1, dense: 'int' = 64) -> 'Blend'
 kv.cam(budget: 'Budget' = 0.125, sinks: 'float | int' = 4, over: 'int' = 32, evict: 'int' = 1, seed: 'int' = 0) -> 'Bequeath'
 kv.chunkkv(budget: 'Budget' = 0.125, window: 'int' = 16, chunk: 'int' = 10) -> 'Keep'
-kv.compresskv(budget: 'Budget' = 0.125, window: 'int' = 8, kernel: 'int' = 5, judges: 'Heads' = ((0,),), importance: 'tuple[float, ...]' \
-= ()) -> 'ByImportance'
+kv.compresskv(budget: 'Budget' = 0.125, window: 'int' = 8, kernel: 'int' = 5, judges: 'Heads' = ((0,),), importance: 'tuple[float, ...]' = \
+()) -> 'ByImportance'
 kv.duo_attention(heads: 'Heads' = ((0,),), budget: 'Budget' = 0.125, sinks: 'int' = 4, evict: 'int' = 1) -> 'ByClass'
 kv.ems(budget: 'Budget' = 0.125, window: 'int' = 16, more: 'float' = 1.0, least: 'float' = 0.6) -> 'Merged'
 kv.expected_attention(budget: 'Budget' = 0.125, future: 'int' = 512, sinks: 'int' = 4, floor: 'float' = 0.0) -> 'Keep'
@@ -102,8 +102,49 @@ kv.tova(budget: 'Budget' = 0.125, evict: 'int' = 1) -> 'Keep'
 kv.transmla(rank: 'float | int' = 0.5, rope: 'float' = 0.125, converted: 'bool' = False) -> 'TransMLA'
 load(source: 'str | Path', precision: 'Precision | None' = None) -> 'Model'
 methods() -> 'tuple[Method, ...]'
+reduce.AIM(rounds: 'int' = 2)
+reduce.CATP(budget: 'Budget' = 0.5, text: 'float' = 1.0)
+reduce.CDPruner(budget: 'Budget' = 0.1111111111111111, opposite: 'bool' = False)
+reduce.DivPrune(budget: 'Budget' = 0.098)
+reduce.DyCoke(drop: 'float' = 0.7)
+reduce.FastVID(budget: 'float' = 0.1, context: 'float' = 0.4, segments: 'int' = 8, tau: 'float' = 0.9, every: 'int' = 4, beta: 'float' = \
+0.6, layer: 'int' = -2)
+reduce.FasterVLM(budget: 'Budget' = 0.1111111111111111, layer: 'int' = -2)
+reduce.FlowCut(budget: 'Budget' = 0.2222222222222222, every: 'int' = 2, keep: 'float' = 0.5)
+reduce.FramePairs(frames: 'int' = 2)
+reduce.GlobalCom2(budget: 'Budget' = 0.25, heat: 'float' = 10.0, layer: 'int' = -1)
+reduce.HiPrune(budget: 'Budget' = 0.1111111111111111, layer: 'int' = -2, middle: 'int' = 8, share: 'float' = 0.1)
+reduce.HiRED(budget: 'Budget' = 0.2, alpha: 'float' = 0.5, layer: 'int' = -2, first: 'int' = 0, strips: 'bool' = False, lines: 'str' = \
+'none')
+reduce.HoliTom(budget: 'float' = 0.1, tau: 'float' = 0.8, longest: 'int' = 1024, near: 'int' = 7, beta: 'float' = 0.6, layer: 'int' = -2)
+reduce.MustDrop(like: 'float' = 0.8, window: 'tuple[int, int]' = (3, 3), key_share: 'float' = 0.08)
+reduce.PooledPatches(cells: 'tuple[int, int]' = (8, 8))
+reduce.PruMerge(budget: 'Budget' = 0.1111111111111111, layer: 'int' = -1, near: 'int' = 32)
+reduce.RandomPatches(budget: 'Budget' = 0.1111111111111111, seed: 'int' = 0)
+reduce.SmallerImage(cells: 'tuple[int, int]' = (12, 12))
+reduce.StillRuns(tau: 'float' = 0.9)
+reduce.ToDRE(budget: 'Budget' = 0.1, total: 'bool' = True)
+reduce.TokenCorr(budget: 'Budget' = 1.0, like: 'float' = 0.8, often: 'float' = 0.1, layer: 'int' = -2)
+reduce.VFlowOpt(budget: 'Budget' = 0.11661529508161146, above: 'float' = 39.26492840997221, cell: 'float' = 17.4, entropy: 'float' = 0.0, \
+layer: 'int' = -2, span: 'tuple[float, float]' = (-1.0, 1.0))
+reduce.VisPruner(budget: 'Budget' = 0.2222222222222222, share: 'float' = 0.5, step: 'int' = 8, layer: 'int' = -2)
+reduce.VisionZip(budget: 'Budget' = 0.09375, contextual: 'Budget' = 0.017361111111111112, layer: 'int' = -2)
+reduce.aim(first: 'Depth' = 0.5, layers: 'int' = 8) -> 'PageRanked'
+reduce.dart(budget: 'Budget' = 0.222, layer: 'Depth' = 2, pivots: 'int' = 4) -> 'DART'
+reduce.fastv(budget: 'Budget' = 0.5, layer: 'int' = 2) -> 'FastV'
 reduce.gemfilter(budget: 'Budget' = 0.125, layer: 'int' = 13) -> 'LastRowTopK'
+reduce.lazyllm(budget: 'Budget' = 0.125, at: 'tuple[Depth, ...]' = (0.3, 0.6, 0.9)) -> 'LastRowCascade'
+reduce.mustdrop(total: 'float' = 0.001, single: 'float' = 0.001, at: 'tuple[Depth, ...]' = (0.0625, 0.1875, 0.3125, 0.4375), most: \
+'Budget' = 1.0) -> 'DualFilter'
+reduce.picture_methods() -> 'tuple[PictureMethod, ...]'
 reduce.promptdistill(budget: 'Budget' = 0.125, layer: 'int' = 13) -> 'LastRowTopK'
+reduce.pyramiddrop(share: 'float' = 0.5, at: 'tuple[Depth, ...]' = (0.25, 0.5, 0.75), renumber: 'bool' = True) -> 'PyramidDrop'
+reduce.resting(every: 'int' = 2, halves: 'tuple[bool, bool]' = (False, True), first: 'Depth' = 1, end: 'Depth' = 1.0) -> 'Resting'
+reduce.sparsevlm(keep: 'tuple[Budget, ...]' = (0.52, 0.347, 0.19), at: 'tuple[Depth, ...]' = (0.09375, 0.21875, 0.5), recycle: 'float' = \
+0.3) -> 'SparseVLM'
+reduce.spatten(budget: 'Budget' = 0.125, at: 'tuple[Depth, ...]' = (0.2, 0.4, 0.6, 0.8)) -> 'MassCascade'
+reduce.transprune(keep: 'tuple[Budget, ...]' = (0.875, 0.625, 0.125), at: 'tuple[Depth, ...]' = (0.21875, 0.28125, 0.375), renumber: \
+'bool' = True) -> 'TransPrune'
 reduce.truncated(budget: 'Budget' = 0.125) -> 'LastRows'
 sparse.a_shape(sinks: 'int' = 16, window: 'int' = 256, dense: 'int' = 0, block: 'int' = 64) -> 'AShape'
 sparse.block_top_k(top: 'int' = 8, dense: 'int' = 64, block: 'int' = 64) -> 'TopBlocks'
@@ -116,8 +157,8 @@ sparse.hip(budget: 'Budget' = 0.125, page: 'int' = 8, start: 'int' = 64, every: 
 'tuple[int, ...]' = (0, 1)) -> 'Read'
 sparse.infllm(budget: 'Budget' = 0.125, page: 'int' = 16, count: 'int' = 2, sinks: 'int' = 16, recent: 'int' = 48, dense: 'tuple[int, \
 ...]' = (), host: 'bool' = False) -> 'OneDistance'
-sparse.kascade(budget: 'Budget' = 0.125, dense: 'tuple[int, ...]' = (0, 1), select: 'tuple[int, ...]' = (2, 8, 13, 14), head_map: 'Heads \
-| None' = None, recent: 'int' = 16) -> 'Read'
+sparse.kascade(budget: 'Budget' = 0.125, dense: 'tuple[int, ...]' = (0, 1), select: 'tuple[int, ...]' = (2, 8, 13, 14), head_map: 'Heads | \
+None' = None, recent: 'int' = 16) -> 'Read'
 sparse.lserve(budget: 'Budget' = 0.125, page: 'int' = 16, logical: 'int' = 4, every: 'int' = 4, streaming: 'Heads | None' = None, sinks: \
 'int' = 4, recent: 'int' = 4, dense: 'tuple[int, ...]' = ()) -> 'Read'
 sparse.minference(vertical: 'int' = 96, slash: 'int' = 3, top: 'int' = 8, sinks: 'int' = 16, window: 'int' = 256, dense: 'int' = 64, \
@@ -128,8 +169,8 @@ sparse.recycled_attention(budget: 'Budget' = 0.125, every: 'int' = 16, recent: '
 sparse.s2_attention(near: 'int' = 2, stride: 'int' = 8, dense: 'int' = 64, block: 'int' = 64) -> 'Strided'
 sparse.sentencekv(budget: 'Budget' = 0.125, factor: 'float' = 3.0, ends: 'tuple[int, ...] | None' = None, sinks: 'int' = 8, recent: 'int' \
 = 16, window: 'int' = 32, kernel: 'int' = 7, cell: 'int' = 16, longest: 'int' = 64, host: 'bool' = False) -> 'SentenceKV'
-sparse.tidaldecode(budget: 'Budget' = 0.125, dense: 'tuple[int, ...]' = (0, 1), select: 'tuple[int, ...]' = (2, 9), recent: 'int' = 16) \
--> 'Read'
+sparse.tidaldecode(budget: 'Budget' = 0.125, dense: 'tuple[int, ...]' = (0, 1), select: 'tuple[int, ...]' = (2, 9), recent: 'int' = 16) -> \
+'Read'
 sparse.tokenselect(budget: 'Budget' = 0.125, sinks: 'int' = 8, recent: 'int' = 48, cosine: 'float | None' = 0.9, dense: 'tuple[int, ...]' \
 = ()) -> 'Read'
 sparse.top_k_oracle(budget: 'Budget' = 0.125, dense: 'tuple[int, ...]' = (), recent: 'int' = 16) -> 'Read'

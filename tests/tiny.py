@@ -53,6 +53,8 @@ OWN = {
     "SmartSpec": {"drafter": PromptLookup(4, 2), "widths": (1, 3, 5)},
     "FFN-SkipLLM": {"tau": 0.5, "head": 1, "tail": 0, "warm": 2},
     "SkipDecode": {"least": 1, "warm": 1, "over": 6},
+    "LazyLLM": {"at": (0, 1)},
+    "SpAtten": {"at": (0, 1)},
     "TOVA": {"budget": 0.6},  # at half, its sums over heads look like activations to the test that counts those
 }
 

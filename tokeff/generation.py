@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +68,7 @@ class Setup:
             if self.prefill is not None:
                 self.prefill.check(m.cfg, n)
         self.check_evidence()
+        self.check_angles()
         check_pass(self.prefill, self.cut)
         check_bounded(self.bounded, self.kv, self.cut, self.prefill)
         self.sampling.check(len(lengths))
@@ -79,6 +80,12 @@ class Setup:
     def fit(self, m: Model) -> Setup:
         """With what the policy leaves open filled in from the model."""
         return replace(self, kv=self.kv.fit(m))
+
+    def check_angles(self) -> None:
+        """Raise UserError when rows stand at other angles than a policy would take off their keys."""
+        if self.cut is not None and self.cut.renumbers and (policy := raw_keyed(self.kv)):
+            names = type(self.cut).__name__, type(policy).__name__
+            raise UserError(f"{names[0]} renumbers rows, and {names[1]} takes the rotation off keys by place; set renumber=False")
 
     def check_evidence(self) -> None:
         """Raise UserError when the policy wants attention of prompt rows that a sparse prefill does not compute."""
@@ -112,6 +119,13 @@ _EXAMPLES = {
     "decode": "tokeff.decode.prompt_lookup()", "sampling": "tokeff.Sampling(0.7)",
     "prefill": "tokeff.sparse.tri_shape()",
 }  # fmt: skip
+
+
+def raw_keyed(part: Any) -> Policy | None:
+    """The part of a policy that takes the rotation off a prompt's keys, or None."""
+    if isinstance(part, Policy) and part.raw_keys:
+        return part
+    return next((found for f in fields(part) if (found := raw_keyed(getattr(part, f.name)))), None) if is_dataclass(part) else None
 
 
 def check_new(new: int) -> None:

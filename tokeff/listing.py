@@ -180,6 +180,11 @@ METHODS: tuple[Method, ...] = (
     Method(
         "PromptDistill", "cut", "reduce", reduce.promptdistill, False, papers.DISTILL, published.DISTILL, budgeted_by="held", identity=_ALL
     ),
+    Method("LazyLLM", "cut", "reduce", reduce.lazyllm, False, papers.LAZY, published.LAZY, budgeted_by="held", identity=_ALL, reading=True),
+    Method(
+        "SpAtten", "cut", "reduce", reduce.spatten, False, papers.SPATTEN, published.SPATTEN, budgeted_by="held", identity=_ALL,
+        reading=True,
+    ),
     Method("AShape", "prefill", "sparse", sparse.a_shape, False, papers.MINFERENCE, published.A_SHAPE, identity={"window": 1 << 20}),
     Method("TriShape", "prefill", "sparse", sparse.tri_shape, False, papers.SCBENCH, published.TRI_SHAPE, identity={"window": 1 << 20}),
     Method(

@@ -160,6 +160,14 @@ DISTILL = Paper(
     "Model Inference", "Jin, Weisheng and Song, Maojia and Pala, Tej Deep and Chia, Yew Ken and Zadeh, Amir and Li, Chuan and "
     "Poria, Soujanya", 2025, "2503.23274",
 )  # fmt: skip
+LAZY = Paper(
+    "fu2024lazyllm", "LazyLLM: Dynamic Token Pruning for Efficient Long Context LLM Inference",
+    "Fu, Qichen and Cho, Minsik and Merth, Thomas and Mehta, Sachin and Rastegari, Mohammad and Najibi, Mahyar", 2024, "2407.14057",
+)  # fmt: skip
+SPATTEN = Paper(
+    "wang2021spatten", "SpAtten: Efficient Sparse Attention Architecture with Cascade Token and Head Pruning",
+    "Wang, Hanrui and Zhang, Zhekai and Han, Song", 2021, "2012.09852",
+)  # fmt: skip
 KIVI = Paper(
     "liu2024kivi", "KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache",
     "Liu, Zirui and Yuan, Jiayi and Jin, Hongye and Zhong, Shaochen and Xu, Zhaozhuo and Braverman, Vladimir and Chen, Beidi and "

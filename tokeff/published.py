@@ -52,6 +52,16 @@ SENTENCEKV = {"budget": 1024, "factor": 3.0, "sinks": 32, "recent": 32, "window"
 RECYCLED = {"budget": 0.125, "every": 10, "recent": 10}  # paper, as a reproduction reports it: an eighth, every 10 steps
 GEMFILTER = {"budget": 1024, "layer": 13}  # Llama-3.1-8B
 DISTILL = {"budget": 1024, "layer": 13}
+LAZY: dict[str, object] = {}  # where it prunes and how much are not recovered
+SPATTEN = {"budget": 0.26}  # paper: 3.8 times fewer tokens on generation tasks, in the mean; its layers are not recovered
+# Passes over rows of pictures, in decoders of 32 layers (AIM: 28) that read 576 rows of a picture
+FASTV = {"budget": 0.5, "layer": 2}  # paper: K 2, R 50%
+PYRAMIDDROP = {"share": 0.5, "at": (8, 16, 24)}
+SPARSEVLM = {"keep": (300, 200, 110), "at": (3, 7, 16)}  # released code, for 192 rows in the mean
+DART = {"budget": 128, "layer": 2, "pivots": 4}
+TRANSPRUNE = {"keep": (0.875, 0.625, 0.125), "at": (7, 9, 12)}  # released script
+AIM = {"first": 14, "layers": 8}
+MUSTDROP = {"total": 0.001, "single": 0.001, "at": (2, 6, 10, 14)}  # released code, for about 192 rows
 A_SHAPE = {"sinks": 128, "window": 3968, "dense": 0, "block": 64}  # released code
 TRI_SHAPE = {**A_SHAPE, "dense": 100}
 BLOCK_TOP_K = {"top": 100, "dense": 0, "block": 64}

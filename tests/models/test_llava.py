@@ -1,11 +1,11 @@
 """Pictures in a prompt: rows that enter as vectors, rows left out, and methods before, in and behind the decoder in one generation."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pictures
 import pytest
 import tiny
 import tokenizers
@@ -17,53 +17,28 @@ from tokeff.kv import methods as kv
 from tokeff.kv.evidence import Ask
 from tokeff.kv.prefill import Embeds, prefill
 from tokeff.kv.retell import Retold
-from tokeff.models.config import Precision
 from tokeff.models.flow import EMPTY
-from tokeff.models.llava import Llava, LlavaConfig, LlavaParams, Pixels, generate, mixed, picture_rows, prepare, read, see
-from tokeff.models.load import Model
+from tokeff.models.llava import Llava, LlavaParams, Pixels, generate, mixed, picture_rows, prepare, read, see
 from tokeff.models.pixels import Preprocessing
 from tokeff.models.tokenizer import Tokenizer
 from tokeff.models.transformer import embed, orders, stack, unembed
 from tokeff.models.vit import encode
-from tokeff.models.vit_config import AttentionPool, ViTBlock, ViTConfig, ViTParams
+from tokeff.models.vit_config import AttentionPool, ViTBlock, ViTParams
 from tokeff.reduce.merge import ToMe, schedule
-from tokeff.reduce.methods import promptdistill
-from tokeff.reduce.visual import DivPrune, FasterVLM, VisionZip
+from tokeff.reduce.methods import fastv, promptdistill, pyramiddrop, sparsevlm
+from tokeff.reduce.visual import DivPrune, FasterVLM
 from tokeff.reduce.visual_baselines import PooledPatches
+from tokeff.reduce.visual_merge import VisionZip
 from tokeff.sharding import letters
 from tokeff.sparse.methods import quest, tri_shape
 
 pytestmark = pytest.mark.core
-IMAGE = tiny.CFG.V - 1
-TOWER = ViTConfig("tower", D=16, F=24, L=3, N=2, image=(24, 24), patch=4, pre_norm=True, norm_rows=False, act="quick_gelu", eps=1e-5)
+IMAGE, TOWER = pictures.IMAGE, pictures.TOWER
 
 
-def random(kind, sizes, rng, **more):
-    """Random arrays for every field of a state that has no default; the letters of its name give its shape."""
-    made = {}
-    for f in dataclasses.fields(kind):
-        if f.default is dataclasses.MISSING and f.name not in more:
-            shape = [getattr(sizes, letter) for letter in letters(f.name)]
-            scale = shape[-1] ** -0.5 if len(shape) > 1 else 1.0
-            made[f.name] = jnp.asarray(rng.normal(size=shape) * scale + ("norm_D" in f.name), jnp.float32)
-    return kind(**made, **more)
-
-
-def tower(cfg=TOWER, seed=0) -> ViTParams:
-    rng = np.random.default_rng(seed)
-    bias = {f"{x}_bias_NH": jnp.asarray(rng.normal(size=(cfg.N, cfg.H)), jnp.float32) for x in "qkv"}
-    ends = {name: jnp.asarray(rng.normal(size=cfg.D), jnp.float32) for name in ("cls_D", "pre_norm_D", "pre_norm_bias_D")}
-    return random(ViTParams, cfg, rng, blocks=tuple(random(ViTBlock, cfg, rng, **bias) for _ in range(cfg.L)), **ends)
-
-
-@functools.cache
 def model() -> Llava:
     """The tests' tiny decoder behind a tiny CLIP tower."""
-    rng = np.random.default_rng(1)
-    into, out = rng.normal(size=(tiny.CFG.D, TOWER.D)) / 4, rng.normal(size=(tiny.CFG.D, tiny.CFG.D)) / 3
-    params = LlavaParams(tower(), jnp.asarray(into, jnp.float32), jnp.asarray(out, jnp.float32))
-    text = Model(tiny.CFG, tiny.params(), None, Precision(), "tiny")
-    return Llava(LlavaConfig(TOWER, IMAGE, (1,)), params, text, None, "tiny-llava")
+    return pictures.llava()
 
 
 def asked():
@@ -141,6 +116,23 @@ def test_reduction_eviction_and_drafts_in_one_generation(reduce, positions):
     plain = written(Setup(few), reduce=reduce, positions=positions)
     assert written(Setup(few, decode=token_recycling(tree=tiny.TREE)), reduce=reduce, positions=positions) == plain
     assert [len(row) for row in plain] == [12, 12]
+
+
+@pytest.mark.parametrize(
+    ("cut", "left"), [(fastv(0.3, layer=1), (11, 11)), (pyramiddrop(at=(1, 2)), (18, 9)), (sparsevlm((0.3,), (1,)), (12, 12))],
+    ids=["FastV", "PyramidDrop", "SparseVLM"],
+)  # fmt: skip
+def test_picture_rows_that_go_on_the_way_up(cut, left):
+    """Fewer rows of a picture in the layers above, SnapKV's rows of what each layer holds, and Token Recycling's drafts: the text of the
+    same without drafts, in one batch of two pictures."""
+    few, (v, (ids, pictures)) = kv.snapkv(0.5, 6), (model(), asked())
+    plain = written(Setup(few, cut))
+    assert written(Setup(few, cut, decode=token_recycling(tree=tiny.TREE))) == plain != written(Setup(few))
+    prompt = read(v, ids, pictures, Setup(few, cut), 12)
+    rows = [layer.here_B.tolist() for layer in prompt.layers]
+    assert rows == [[56, 51], [20 + left[0], 15 + left[0]], [20 + left[1], 15 + left[1]]]
+    held = [tiny.kept(few, layer)[0][0] for layer in tiny.packed(few, prompt)]
+    assert [len(orders) for orders in held] == [-(-layer[0] // 2) for layer in rows]
 
 
 def test_a_pass_above_reduction():

@@ -85,7 +85,7 @@ def test_a_pass_that_lets_one_row_through(name):
     q, k = (jax.random.normal(jax.random.key(n), (2, 64, n, tiny.CFG.H)) for n in (tiny.CFG.N, tiny.CFG.K))
     flow = Flow(jnp.zeros((2, 64, 1)), order, order, order)
     index = jax.jit(lambda q, k: cut.choose(q, k, flow, Here(1, tiny.CFG)))(q, k)
-    assert index.tolist() == [[n - 1] for n in tiny.LENGTHS]
+    assert [[i for i in row if i != EMPTY] for row in index.tolist()] == [[n - 1] for n in tiny.LENGTHS]
 
 
 NO_ROW = {

@@ -79,7 +79,7 @@ def test_rows_and_bytes_stay_within_budget(name):
             counted = orders if evicts else [o for o in orders if o < given[b]]
             at = (t, tiny.CFG.L - 1 if whole else i, b)
             totals[at] = totals.get(at, 0) + len(counted)
-    above = -1 if method(name).part == "kv" or part(name)["cut"].restart else part(name)["cut"].layer
+    above = -1 if method(name).part == "kv" or part(name)["cut"].restart else part(name)["cut"].layers(tiny.CFG)[-1]
     budget = tiny.settings(method(name))["budget"]
     for (t, i, b), rows in totals.items():
         if i > above:  # layers up to a pass hold the whole prompt

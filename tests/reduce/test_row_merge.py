@@ -9,10 +9,11 @@ import pytest
 from oracles import joining
 
 from tokeff.errors import UserError
+from tokeff.kernels import bipartite_match
 from tokeff.models.flow import EMPTY
 from tokeff.models.whisper import attend
 from tokeff.reduce.baselines import Pooled, RandomDrop
-from tokeff.reduce.merge import ToMe, join, log_size, match, merge, schedule, similarity, to_share, trace, whole
+from tokeff.reduce.merge import ToMe, join, log_size, match, merge, schedule, to_share, trace, whole
 
 pytestmark = pytest.mark.core
 B, S, D, H = 2, 15, 4, 3
@@ -69,7 +70,7 @@ def test_nothing_taken_away_is_nothing_done(how):
 
 @partial(jax.jit, static_argnums=1)
 def place(metric_BSH, r):
-    return match(similarity(metric_BSH), r, ordered=True)
+    return match(*bipartite_match(metric_BSH), metric_BSH.shape[1], r, ordered=True)
 
 
 def test_equal_rows_merge_first_and_the_earlier_of_equals():

@@ -13,8 +13,9 @@ from tokeff.errors import UserError
 from tokeff.models.flow import EMPTY
 from tokeff.models.vit import Seen
 from tokeff.models.vit_config import ViTConfig
-from tokeff.reduce.visual import DivPrune, FasterVLM, HiPrune, PruMerge, VisionZip, outliers, spread
+from tokeff.reduce.visual import DivPrune, FasterVLM, HiPrune, spread
 from tokeff.reduce.visual_baselines import PooledPatches, RandomPatches
+from tokeff.reduce.visual_merge import PruMerge, VisionZip, outliers
 
 CFG = ViTConfig("tower", D=16, F=8, L=3, N=2, image=(40, 56), patch=8)  # 5 x 7 patches
 B, P = 2, CFG.patches

@@ -86,7 +86,7 @@ class Paced(Drafter):
         if self.inner.nodes < 2 or isinstance(self.inner, Paced):
             raise UserError(f"{type(self.inner).__name__} drafts nothing to be cut; give a drafter, such as prompt_lookup()")
         if self.inner.every_pass:
-            raise UserError(f"{type(self.inner).__name__} must read every token to draft the next; pace a drafter without a model of its own")
+            raise UserError(f"{type(self.inner).__name__} must read every token to draft the next; pace one without a model of its own")
         widths = tuple(dict.fromkeys(min(w, self.inner.nodes) for w in self.widths))
         if len(widths) < 2 or list(widths) != sorted(widths) or widths[0] != 1:
             raise UserError(f"widths {self.widths} must ascend from 1, and one must be above it; give for example (1, 4, 16)")

@@ -23,7 +23,7 @@ from tokeff.kv.policy import Prefilled
 from tokeff.kv.prefill import Gather, Prompt, blank, last_logits, prefill, run_layers
 from tokeff.models.attention import flash
 from tokeff.models.flow import EMPTY, Accepted, Flow, Here
-from tokeff.models.transformer import alike, block, embed, last_row, one_layer, orders, project, rms_norm
+from tokeff.models.transformer import Pass, alike, block, embed, last_row, one_layer, orders, project, rms_norm
 from tokeff.sparse.pattern import Pattern
 
 if TYPE_CHECKING:
@@ -135,8 +135,7 @@ def _check_layer(w, flow: Flow, layer: Prefilled, old_BKSH, sure_BT, *, policy: 
     """The layer where rows are compared: all write, the chosen ones ask and go on."""
     _, _, v = project(w, here.cfg, rms_norm(flow.x_BTD, w.attn_norm_D, here.cfg.eps))
     index = choose(deviation(v, old_BKSH), flow.order_BT, sure_BT, share, most)
-    chosen: Any = Chosen(here.layer, index)
-    flow, layer, _ = block(w, flow, layer, None, None, policy=policy, cut=chosen, here=here)
+    flow, layer, _ = block(w, flow, layer, None, None, policy=policy, cut=Chosen(here.layer, index), here=here)
     return flow, layer
 
 
@@ -156,12 +155,14 @@ def choose(d_BT: jax.Array, order_BT: jax.Array, sure_BT: jax.Array, share: floa
 
 
 @dataclass(frozen=True)
-class Chosen:
+class Chosen(Pass):
     """What `block` asks of a pass, with the rows given: inside one trace, never an argument of a compiled function."""
 
     layer: int
     index_BM: jax.Array
-    restart: ClassVar[bool] = False
+
+    def layers(self, cfg) -> tuple[int, ...]:
+        return (self.layer,)
 
     def choose(self, q_BTNH, k_BTKH, flow: Flow, here: Here) -> jax.Array:
         return self.index_BM

@@ -29,7 +29,7 @@ def check_bounded(piece: int | None, policy: Policy, cut, pattern) -> None:
     if not isinstance(piece, Integral) or piece < 1:
         raise UserError(f"bounded={piece} reads no token at a time; give a whole number of 1 or more, or leave it out")
     if cut is not None:
-        raise UserError(f"{type(cut).__name__} ranks the whole prompt at layer {cut.layer}; read it without bounded")
+        raise UserError(f"{type(cut).__name__} ranks the whole prompt; read it without bounded")
     if pattern is not None:
         raise UserError(f"{type(pattern).__name__} reads blocks of a whole prompt; leave out bounded or prefill")
     for kind in policy.needs():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -73,6 +73,8 @@ class TransMLA(Policy):
     rank: float | int = 0.5
     rope: float = 0.125
     converted: bool = False
+
+    raw_keys: ClassVar[bool] = True
 
     def needs(self) -> tuple[Evidence, ...]:
         return (Converted(self.rope),) if self.converted else ()

@@ -56,6 +56,7 @@ class Policy:
 
     asks: ClassVar[tuple[Evidence, ...]] = ()
     chunk: ClassVar[int | None] = None  # the most certain rows one call may bring; None = any number
+    raw_keys: ClassVar[bool] = False  # takes the rotation off a prompt's keys, by their orders
     span: ClassVar[str] = "layer"  # what a budget is the mean over: the heads of a 'layer', or of the whole 'model'
 
     def needs(self) -> tuple[Evidence, ...]:

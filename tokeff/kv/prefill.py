@@ -154,16 +154,26 @@ def prefill(
         layers = tuple(go_on(layer, length_B, T) for layer in after.layers)
     policy, rows = Gather(tuple(evidence), after is not None, pattern if after is None else None), []
     for a in range(0, T, chunk or T):
-        part = slice(a, min(a + (chunk or T), T))
-        flow = enter(params, cfg, ids[:, part], order[:, part], None if x_BTD is None else x_BTD[:, part])
+        flow = _enter_part(params, ids, order, x_BTD, a, cfg=cfg, T=min(chunk or T, T - a))
         flow, layers = run_layers(params, cfg, flow, layers, policy=policy, cut=cut)
-        rows.append((flow.order_BT.max(axis=1), last_row(flow)))
-    which = jnp.argmax(jnp.stack([r[0] for r in rows]), axis=0)  # the chunk that holds each sequence's last row
-    x = jnp.take_along_axis(jnp.stack([r[1] for r in rows]), which[None, :, None, None], axis=0)[0]
+        rows.append((_last_order(flow.order_BT), last_row(flow)))
+    x = _latest(*zip(*rows, strict=True))
     if after is not None:
         layers = tuple(close_gaps(layer) for layer in layers)
     prompt = Prompt(layers, text, given_B, length_B, last_logits(params, cfg, x), place)
     return revisited(evidence, params, cfg, prompt, tokens_BT, own_B, dtype, x_BTD)
+
+
+@jax.jit
+def _last_order(order_BT: jax.Array) -> jax.Array:
+    return order_BT.max(axis=1)
+
+
+@jax.jit
+def _latest(order_B: tuple[jax.Array, ...], x_B1D: tuple[jax.Array, ...]) -> jax.Array:
+    """The row of the largest order, out of those of several chunks."""
+    which = jnp.argmax(jnp.stack(order_B), axis=0)
+    return jnp.take_along_axis(jnp.stack(x_B1D), which[None, :, None, None], axis=0)[0]
 
 
 def entering(tokens_BT: jax.Array, length_B: jax.Array, embeds: Embeds | None) -> tuple[jax.Array, jax.Array, jax.Array | None]:
@@ -179,6 +189,13 @@ def enter(params: Params, cfg: Config, ids_BT: jax.Array, order_BT: jax.Array, x
     return flow if x_BTD is None else flow.replace(x_BTD=x_BTD.astype(flow.x_BTD.dtype))
 
 
+@partial(jax.jit, static_argnames=("cfg", "T"))
+def _enter_part(params, ids_BT, order_BT, x_BTD, a: jax.Array, *, cfg: Config, T: int) -> Flow:
+    """`enter` for T of the rows, from the a-th on: one program for all chunks of a prompt."""
+    ids_BT, order_BT, x_BTD = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, a, T, axis=1), (ids_BT, order_BT, x_BTD))
+    return enter(params, cfg, ids_BT, order_BT, x_BTD)
+
+
 def check_embeds(gaps: bool, evidence: tuple[Evidence, ...], pattern: Any) -> None:
     """Refuse rows that are no tokens to a prefill that embeds tokens itself, and gaps between rows to what needs one for every token."""
     for kind in evidence:
@@ -191,7 +208,7 @@ def check_embeds(gaps: bool, evidence: tuple[Evidence, ...], pattern: Any) -> No
 def check_pieces(goes_on: bool, chunk: int | None, cut: Pass | None, pattern: Any) -> None:
     """Refuse a prompt that continues another, or comes in chunks (None: in one), to what ranks all of it or works in blocks."""
     if cut is not None and (goes_on or chunk is not None):
-        raise UserError(f"{type(cut).__name__} ranks the whole prompt at layer {cut.layer}; give it in one piece, without chunk")
+        raise UserError(f"{type(cut).__name__} ranks the whole prompt; give it in one piece, without chunk")
     if chunk is None or pattern is None:
         return
     if pattern.whole_prompt:
@@ -237,6 +254,7 @@ def go_on(layer: Prefilled, length_B: jax.Array, more: int) -> Prefilled:
     )
 
 
+@jax.jit
 def join(a_BS: jax.Array, length_B: jax.Array, b_BT: jax.Array) -> jax.Array:
     """tokens_B(S+T): each row's `b` right behind its `length` tokens of `a`."""
     at = length_B[:, None] + jnp.arange(b_BT.shape[1])[None]
@@ -252,8 +270,9 @@ def restart(params, cfg, tokens_BT, length_B, cut: Pass, dtype, pattern, embeds:
     """(tokens_BM, length_B, place_BM, their vectors or None) of the rows that a restarting pass keeps: only the layers below it run."""
     ids, order, x_BTD = entering(tokens_BT, length_B, embeds)
     flow, bottom = enter(params, cfg, ids, order, x_BTD), blank(cfg, len(ids), length_B, dtype)
-    flow, _ = run_layers(params, cfg, flow, bottom, policy=Gather(pattern=pattern), upto=cut.layer)
-    index = _choose(params.blocks[cut.layer], flow, cut=cut, here=Here(cut.layer, cfg))
+    at = cut.layers(cfg)[0]
+    flow, _ = run_layers(params, cfg, flow, bottom, policy=Gather(pattern=pattern), upto=at)
+    index = _choose(params.blocks[at], flow, cut=cut, here=Here(at, cfg))
     # Missing rows (short prompts of the batch) move to the end, so that the kept tokens are a right-padded prompt again.
     index = jnp.take_along_axis(index, jnp.argsort(index == EMPTY, axis=1, stable=True), axis=1)
     tokens = jnp.take_along_axis(ids, jnp.maximum(index, 0), axis=1)

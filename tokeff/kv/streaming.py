@@ -4,6 +4,7 @@ LM-Infinite's capped distances."""
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,8 @@ class Streaming(Keep):
 
     A row's position is the number of rows before it that are still there. Every head keeps the same rows.
     """
+
+    raw_keys: ClassVar[bool] = True
 
     def stored_keys(self, rows: Prefilled, index_BKM: jax.Array, order_BKM: jax.Array, here: Here) -> jax.Array:
         return here.rotate(take_rows(rows.k_BKSH, index_BKM), jnp.maximum(order_BKM, 0), inverse=True)
@@ -76,6 +79,8 @@ class LambdaShaped(Keep):
     """
 
     cap: int | None = None
+
+    raw_keys: ClassVar[bool] = True
 
     def check(self, cfg, length: int) -> None:
         super().check(cfg, length)

@@ -22,6 +22,7 @@ class Flow(struct.PyTreeNode):
     among_BTW: which rows of the draft each row reads (tree ancestors and itself); None = every row is certain. A call brings the whole
     draft, or, where a drafter runs layers itself, the T rows of it that stand from place `at` (a number, of W) on.
     id_BT: the token of each row, EMPTY for padding, for methods that read the text; None where rows are not of tokens.
+    score_BT, whole_B: what a pass notes on the way (`Pass.note`): a number of each row, and of how many rows its shares are.
     """
 
     x_BTD: jax.Array
@@ -31,6 +32,8 @@ class Flow(struct.PyTreeNode):
     among_BTW: jax.Array | None = None
     id_BT: jax.Array | None = None
     at: jax.Array | None = None
+    score_BT: jax.Array | None = None
+    whole_B: jax.Array | None = None
 
     def take(self, index_BM: jax.Array) -> Flow:
         """The chosen rows (index EMPTY = no row). Only certain rows can be chosen from."""
@@ -46,7 +49,14 @@ class Flow(struct.PyTreeNode):
             pick(self.angle_BT),
             jnp.where(gone, EMPTY, pick(self.hi_BT)),
             id_BT=None if self.id_BT is None else jnp.where(gone, EMPTY, pick(self.id_BT)),
+            score_BT=None if self.score_BT is None else pick(self.score_BT),
+            whole_B=self.whole_B,
         )
+
+    def put(self, some: Flow, index_BM: jax.Array) -> Flow:
+        """These rows with the vectors of `some`, which were taken by that index, back in their places."""
+        at = jnp.where(index_BM == EMPTY, self.x_BTD.shape[1], index_BM)
+        return self.replace(x_BTD=jax.vmap(lambda x, i, y: x.at[i].set(y, mode="drop"))(self.x_BTD, at, some.x_BTD))
 
 
 class Accepted(struct.PyTreeNode):

@@ -1,155 +1,35 @@
 """LLaVA: a decoder that reads pictures. An image tower, a projector into the decoder's space, and rows that enter it as vectors.
 
-LLaVA-1.5 (Liu et al. 2023), LLaVA-NeXT with its crops (Liu et al. 2024), LLaVA-OneVision with its videos (Li et al. 2024); `llava_hf` loads
-them. A prompt has one image token for a picture; `read` gives it as many rows as the picture has, or as a method of token reduction
-leaves (`tokeff.reduce.visual`), and the decoder's own prefill, policies, passes and drafters do the rest.
+`llava_rows` makes rows of pictures; `llava_hf` loads models. A prompt has one image token for a picture; `read` gives it as many rows as
+the picture has, or as a method of token reduction leaves (`tokeff.reduce.visual`), and the decoder's own prefill, policies, passes and
+drafters do the rest.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 
 from tokeff.decode.sample import GREEDY, Sampling
 from tokeff.errors import UserError
 from tokeff.generation import Generation, Setup, bucket, encode, finished, go, pad, start
 from tokeff.kv.prefill import Embeds, Prompt, check_embeds, prefill
-from tokeff.models.anyres import Size, best_size, crops, film, lay_out
 from tokeff.models.flow import EMPTY
-from tokeff.models.load import Model
-from tokeff.models.pixels import Picture, Preprocessing, picture
-from tokeff.models.transformer import embed, linear
-from tokeff.models.vit import Seen, Taps
-from tokeff.models.vit import encode as look
-from tokeff.models.vit_config import ViTConfig, ViTParams
-from tokeff.reduce.visual import Picked, Reduced
+from tokeff.models.llava_rows import Llava, LlavaConfig, LlavaParams, Pixels, Rows, picture_rows, prepare, see
+from tokeff.models.pixels import Picture
+from tokeff.models.transformer import embed
+from tokeff.reduce.visual import Filmed, Picked, Told, unit
 from tokeff.sharding import beside, follow
 
-
-@dataclass(frozen=True)
-class LlavaConfig:
-    """image, video: the token that stands for a picture, a video. layers: those of the tower whose rows, side by side, are the features.
-    cls: the class row is one of them. canvases: sizes that larger pictures are laid out on, () for one size only; most: see `lay_out`."""
-
-    tower: ViTConfig
-    image: int
-    layers: tuple[int, ...]
-    cls: bool = False
-    canvases: tuple[Size, ...] = ()
-    most: int | None = None
-    video: int | None = None
-
-
-class LlavaParams(struct.PyTreeNode):
-    """What stands before the decoder. The projector is out(gelu(into x)); I are the numbers of a feature."""
-
-    tower: ViTParams
-    into_DI: jax.Array
-    out_DD: jax.Array
-    into_bias_D: jax.Array | None = None
-    out_bias_D: jax.Array | None = None
-    newline_D: jax.Array | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class Llava:
-    """A model of pictures and text. text: the decoder, a `Model` like any other."""
-
-    cfg: LlavaConfig
-    params: LlavaParams
-    text: Model
-    preprocessing: Preprocessing | None
-    name: str
-
-
-class Rows(struct.PyTreeNode):
-    """A picture as the decoder gets it: M rows, each at one of the places 0, 1, ... of the whole picture's rows (EMPTY: at none)."""
-
-    x_MD: jax.Array
-    place_M: jax.Array
-    whole: int = struct.field(pytree_node=False)
-
-
-@dataclass(frozen=True, eq=False)
-class Pixels:
-    """What the tower reads of one picture: normalised crops (B, Y, X, C), the thumbnail first, and the picture's own size. video: the
-    crops are frames."""
-
-    crops_BYXC: Any
-    size: Size | None = None
-    video: bool = False
-
-
-def prepare(v: Llava, given: Picture) -> Pixels:
-    """A picture's pixels by the model's own preprocessing. UserError where the folder had none, and for what cannot be read."""
-    if v.preprocessing is None:
-        raise UserError(f"{v.name} has no preprocessor_config.json; put it in the model's folder, or give Pixels")
-    image = picture(given)
-    if not v.cfg.canvases:
-        return Pixels(v.preprocessing(image))
-    parts = crops(image, v.cfg.canvases, v.cfg.tower.image, v.preprocessing.resample)
-    return Pixels(v.preprocessing(parts), (image.height, image.width))
-
-
-@jax.jit
-def project(params: LlavaParams, x_BSI: jax.Array) -> jax.Array:
-    """x_BSD of features, as wide as the decoder."""
-    y = linear(x_BSI, params.into_DI)
-    y = jax.nn.gelu(y if params.into_bias_D is None else y + params.into_bias_D.astype(y.dtype), approximate=False)
-    y = linear(y, params.out_DD)
-    return y if params.out_bias_D is None else y + params.out_bias_D.astype(y.dtype)
-
-
-def features(v: Llava, pixels_BYXC: jax.Array, taps: Taps | None = None) -> tuple[jax.Array, Seen]:
-    """(x_BSI with the class row if the tower has one, what was asked of the tower)."""
-    taps = (taps or Taps()) | Taps(x=v.cfg.layers)
-    seen = look(v.params.tower, v.cfg.tower, pixels_BYXC, taps=taps, upto=taps.top() + 1).seen
-    return jnp.concatenate([seen.x_BSD[i] for i in v.cfg.layers], axis=2), seen
-
-
-def see(v: Llava, pixels_BYXC: jax.Array, reduce: Picked | None = None) -> Reduced:
-    """The rows of pictures of the tower's size, in the decoder's space; all of them without `reduce`."""
-    tower = v.cfg.tower
-    if reduce is None:
-        x, _ = features(v, pixels_BYXC)
-        x = project(v.params, x[:, int(tower.cls and not v.cfg.cls) :])
-        return Reduced(x, jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2]))
-    x, seen = features(v, pixels_BYXC, reduce.taps(tower))
-    if reduce.projected:
-        return reduce.reduce(project(v.params, x), seen, tower)
-    left = reduce.reduce(x, seen, tower)
-    return left.replace(x_BMD=project(v.params, left.x_BMD))
-
-
-def picture_rows(v: Llava, pixels: Pixels, reduce: Picked | None = None) -> Rows:
-    """One picture or video. UserError where reduction would break the lines that crops and frames are laid out in."""
-    left, cfg = see(v, jnp.asarray(pixels.crops_BYXC), reduce), v.cfg
-    x, newline = left.x_BMD, v.params.newline_D
-    if newline is None:
-        if len(x) != 1 or pixels.video:
-            raise UserError(f"{v.name} reads a picture as one crop, these are {len(x)}; give its own preprocessing")
-        whole = cfg.tower.patches + int(cfg.cls)
-        before = 0 if reduce is None else whole - cfg.tower.patches
-        return Rows(x[0], jnp.where(left.place_BM == EMPTY, EMPTY, left.place_BM + before)[0], whole)
-    if reduce is not None:
-        raise UserError(f"{type(reduce).__name__} works on pictures of one crop; {v.name} lays out crops in lines, leave out reduce")
-    if pixels.video:
-        laid = film(x, cfg.tower.grid, newline)
-    elif len(x) == 1:
-        laid = jnp.concatenate([x[0], newline[None].astype(x.dtype)])
-    else:
-        assert pixels.size is not None
-        side, canvas = cfg.tower.image, best_size(pixels.size, cfg.canvases)
-        laid = lay_out(x, pixels.size, (canvas[0] // side[0], canvas[1] // side[1]), cfg.tower.grid, newline, cfg.most)
-    return Rows(laid, jnp.arange(len(laid)), len(laid))
-
+__all__ = [
+    "POSITIONS", "Llava", "LlavaConfig", "LlavaParams", "Pixels", "Rows", "check", "direction", "generate", "mixed", "picture_rows",
+    "prepare", "read", "see", "spelled",
+]  # fmt: skip
 
 POSITIONS = ("renumbered", "kept")
 
@@ -202,6 +82,21 @@ def mixed(v: Llava, ids: Sequence[Sequence[int]], seen: Sequence[Sequence[Rows]]
     return [text for text, _, _ in made], tokens, length, Embeds(x, jnp.asarray(place) if kept else None)
 
 
+@partial(jax.jit, static_argnames="cfg")
+def _direction(params, ids_1M, *, cfg):
+    x_MD = unit(embed(params, cfg, ids_1M, jnp.zeros_like(ids_1M)).x_BTD[0])
+    there_M1 = (ids_1M[0] != EMPTY)[:, None]
+    return jnp.where(there_M1, x_MD, 0).sum(axis=0) / jnp.maximum(there_M1.sum(), 1)
+
+
+def direction(v: Llava, ids: Sequence[int]) -> jax.Array:
+    """about_D: the mean of the embeddings of a prompt's words, image tokens left out, each of length 1 first."""
+    words = [t for t in ids if t not in (v.cfg.image, v.cfg.video)]
+    row = np.full((1, bucket(max(len(words), 1))), EMPTY, np.int32)
+    row[0, : len(words)] = words
+    return _direction(v.text.params, row, cfg=v.text.cfg)
+
+
 def check(v: Llava, setup: Setup, reduce: Picked | None, positions: str) -> None:
     """UserError for parts that do not fit each other, before anything is computed."""
     if positions not in POSITIONS:
@@ -209,7 +104,8 @@ def check(v: Llava, setup: Setup, reduce: Picked | None, positions: str) -> None
     if setup.bounded is not None:
         raise UserError("bounded reads tokens piece by piece, which pictures have none of; leave it out")
     if reduce is not None:
-        reduce.check(v.cfg.tower)
+        if not isinstance(reduce, Filmed):  # what compares frames is checked against these
+            reduce.check(v.cfg.tower)
         if positions == "kept" and not reduce.placed:
             raise UserError(f"rows of {type(reduce).__name__} have no places of their own; use positions='renumbered'")
     check_embeds(positions == "kept", setup.kv.needs(), setup.prefill)
@@ -228,8 +124,13 @@ def read(
 ) -> Prompt:
     """Prefill prompts that hold one image token for each of their pictures. Raises UserError for parts that do not fit."""
     check(v, setup, reduce, positions)
-    seen = [[picture_rows(v, p if isinstance(p, Pixels) else prepare(v, p), reduce) for p in some] for some in pictures]
+    about = [direction(v, row) if isinstance(reduce, Told) else None for row in ids]
+    pixels = [[p if isinstance(p, Pixels) else prepare(v, p) for p in some] for some in pictures]
+    seen = [[picture_rows(v, p, reduce, about_D) for p in some] for some, about_D in zip(pixels, about, strict=True)]
     texts, tokens, length, embeds = mixed(v, ids, seen, positions)
+    if setup.cut is not None:
+        marks = tuple(t for t in (v.cfg.image, v.cfg.video) if t is not None)
+        setup = replace(setup, cut=setup.cut.seeing(marks, texts))
     setup.check(v.text, [len(text) for text in texts], new)
     given = follow(v.text.params, {"tokens_BT": tokens, "length_B": length})
     with beside(v.text.params):

@@ -7,9 +7,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol, Self
 
 import jax
 import jax.numpy as jnp
@@ -39,23 +40,59 @@ class Attends(Protocol):
     def role(self, layer: int, /) -> Any: ...
 
 
-class Pass(Protocol):
-    """Which rows go on through the network from `layer` upwards (`tokeff.reduce`).
+class Pass:
+    """Base class of what says which prompt rows go on through the network (`tokeff.reduce`): at each of its `layers` it chooses some, and
+    the layers above hold no others. A frozen choice, like a policy. `here.layer` tells `choose` which of its layers this is.
 
-    check: UserError when it cannot work on this model and prompt length. rows: how many of so many rows go on.
+    restart: instead of going on, the model runs again on the tokens chosen at its first layer. writes: rows that are not chosen still write
+    their key and value at that layer, and the others read them; False: they are gone before it. renumbers: it moves rows to other angles.
     """
 
-    @property
-    def layer(self) -> int: ...
+    restart: ClassVar[bool] = False
+    writes: ClassVar[bool] = True
 
     @property
-    def restart(self) -> bool: ...
+    def renumbers(self) -> bool:
+        return False
 
-    def check(self, cfg: Any, length: int, /) -> None: ...
+    def layers(self, cfg: Config) -> tuple[int, ...]:
+        """Where it chooses, ascending."""
+        raise NotImplementedError
 
-    def rows(self, length: int, /) -> int: ...
+    def check(self, cfg: Config, length: int) -> None:
+        """Raise UserError when it cannot work on this model and prompt length."""
 
-    def choose(self, q_BTNH: jax.Array, k_BTKH: jax.Array, flow: Flow, here: Here, /) -> jax.Array: ...
+    def rows(self, length: int) -> int:
+        """How many of so many rows go on to the top."""
+        raise NotImplementedError
+
+    def role(self, layer: int, cfg: Config) -> Any:
+        """Tells layers apart in which it does different things; the others share compiled code."""
+        return layer if layer in self.layers(cfg) else None
+
+    def seeing(self, tokens: tuple[int, ...], texts: Sequence[Sequence[int]]) -> Self:
+        """This pass for prompts in which these tokens stand for rows of pictures. Models of pictures ask before they check it."""
+        return self
+
+    def choose(self, q_BTNH: jax.Array, k_BTKH: jax.Array, flow: Flow, here: Here) -> jax.Array:
+        """index_BM of the rows of this call that go on, ascending, EMPTY past their number; from unrotated queries and keys."""
+        raise NotImplementedError
+
+    def take(self, flow: Flow, index_BM: jax.Array, here: Here) -> Flow:
+        """The rows that go on. They may move to other angles, and where the others are gone before the layer, take some of them in."""
+        return flow.take(index_BM)
+
+    def note(self, q_BTNH: jax.Array, k_BTKH: jax.Array, flow: Flow, here: Here) -> Flow:
+        """Asked in every layer before the rows attend: the flow with what it wants to know of them later."""
+        return flow
+
+    def added(self, y_BTD: jax.Array, out_BTD: jax.Array, flow: Flow, here: Here) -> Flow:
+        """Asked after each half of a layer, which made `out` of the normed rows `y` and will add it to them: as `note`."""
+        return flow
+
+    def awake(self, half: int, flow: Flow, here: Here) -> jax.Array | None:
+        """index_BM of the rows that go through this half of a layer (0 attention, 1 feed-forward); the others pass it by. None: all do."""
+        return None
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
@@ -65,6 +102,7 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     return (y * weight.astype(y.dtype)).astype(x.dtype)
 
 
+@partial(jax.jit, static_argnames="cfg", inline=True)
 def embed(params: Params, cfg: Config, tokens_BT: jax.Array, order_BT: jax.Array, angle_BT: jax.Array | None = None) -> Flow:
     """Certain rows from token ids. Rows whose order is EMPTY are padding; their id may be anything in range."""
     x = params.embed_VD[jnp.maximum(tokens_BT, 0)]
@@ -147,17 +185,29 @@ def block(
     here: Here,
     halves: tuple[bool, bool] = (True, True),
 ) -> tuple[Flow, Any, Any]:
-    """One layer, or one of its halves (attention, feed-forward). With a `cut` at this layer every row writes its key and value, and only
-    chosen rows ask and go on."""
-    if halves[0]:
-        flow, layer, across = mix(w, flow, layer, accepted, across, policy=policy, cut=cut, here=here)
-    if not halves[1]:
-        return flow, layer, across
+    """One layer, or one of its halves (attention, feed-forward), for the rows that a `cut` does not keep out of it."""
+    for half in (0, 1):
+        if not halves[half]:
+            continue
+        index_BM = None if cut is None else cut.awake(half, flow, here)
+        some = flow if index_BM is None else flow.take(index_BM)
+        if half == 0:
+            some, layer, across = mix(w, some, layer, accepted, across, policy=policy, cut=cut, here=here)
+        else:
+            some = feed(w, some, cut, here)
+        flow = some if index_BM is None else flow.put(some, index_BM)
+    return flow, layer, across
+
+
+def feed(w: Block, flow: Flow, cut: Pass | None, here: Here) -> Flow:
+    """The feed-forward half of a layer."""
     x, cfg = flow.x_BTD, here.cfg
-    y = feed_forward(w, cfg, rms_norm(x, w.ffn_norm_D, cfg.eps))
+    y = rms_norm(x, w.ffn_norm_D, cfg.eps)
+    out = feed_forward(w, cfg, y)
     if w.post_ffn_norm_D is not None:
-        y = rms_norm(y, w.post_ffn_norm_D, cfg.eps)
-    return flow.replace(x_BTD=x + y), layer, across
+        out = rms_norm(out, w.post_ffn_norm_D, cfg.eps)
+    flow = flow if cut is None else cut.added(y, out, flow, here)
+    return flow.replace(x_BTD=x + out)
 
 
 @partial(jax.jit, static_argnames=("policy", "cut", "here", "halves"))
@@ -167,28 +217,34 @@ def one_layer(w, flow, layer, accepted, across, *, policy, cut, here, halves=(Tr
 
 
 def alike(policy: Attends, cut: Pass | None, cfg: Config, layer: int) -> int:
-    """The first layer that is the same program: same window and rope, same role in the policy, same side of the pass."""
+    """The first layer that is the same program: same window and rope, same role in the policy and in the pass."""
 
     def kind(i: int):
-        at = None if cut is None else (i > cut.layer) - (i < cut.layer)
-        return cfg.windows[i], cfg.rope_of(i), policy.role(i), at
+        return cfg.windows[i], cfg.rope_of(i), policy.role(i), None if cut is None else cut.role(i, cfg)
 
     return next(i for i in range(layer + 1) if kind(i) == kind(layer))
 
 
 def mix(w: Block, flow: Flow, layer, accepted, across, *, policy: Attends, cut: Pass | None, here: Here) -> tuple[Flow, Any, Any]:
-    """The attention half of a layer."""
+    """The attention half of a layer. Where a `cut` chooses, the other rows are gone before it, or all write their key and value and only
+    the chosen ones ask and go on."""
     cfg, here = here.cfg, replace(here, side=w.side)
+    chooses = cut is not None and here.layer in cut.layers(cfg)
+    if cut is not None and chooses and not cut.writes:
+        q, k, _ = project(w, cfg, rms_norm(flow.x_BTD, w.attn_norm_D, cfg.eps))
+        flow = cut.take(flow, cut.choose(q, k, flow, here), here)
     q, k, v = project(w, cfg, rms_norm(flow.x_BTD, w.attn_norm_D, cfg.eps))
+    flow = flow if cut is None else cut.note(q, k, flow, here)
     ask = flow
-    if cut is not None and cut.layer == here.layer:
+    if cut is not None and chooses and cut.writes:
         index_BM = cut.choose(q, k, flow, here)
-        ask = flow.take(index_BM)
+        ask = cut.take(flow, index_BM, here)
         q = jnp.take_along_axis(q, jnp.maximum(index_BM, 0)[..., None, None], axis=1)
     out, layer, across = policy.attend(q, k, v, ask, flow, layer, accepted, across, here)
     mixed = linear(out.astype(flow.x_BTD.dtype), w.o_DNH)
     if w.post_attn_norm_D is not None:
         mixed = rms_norm(mixed, w.post_attn_norm_D, cfg.eps)
+    ask = ask if cut is None else cut.added(rms_norm(ask.x_BTD, w.attn_norm_D, cfg.eps), mixed, ask, here)
     return ask.replace(x_BTD=ask.x_BTD + mixed), layer, across
 
 
@@ -226,12 +282,14 @@ def stack(
     return flow, tuple(out), tapped
 
 
+@partial(jax.jit, inline=True)
 def last_row(flow: Flow) -> jax.Array:
     """x_B1D of each sequence's row with the largest order."""
     at = jnp.argmax(flow.order_BT, axis=1)
     return jnp.take_along_axis(flow.x_BTD, at[:, None, None], axis=1)
 
 
+@partial(jax.jit, static_argnames="T", inline=True)
 def orders(length_B: jax.Array, T: int) -> jax.Array:
     """order_BT of right-padded prompts: 0, 1, ... and EMPTY from each length on."""
     t = jnp.arange(T, dtype=jnp.int32)[None]

@@ -46,13 +46,14 @@ class Taps:
 
 class Seen(struct.PyTreeNode):
     """What `Taps` asked for, by layer. cls_BNS: softmax of the class row's query, of every head. received_BS: the mean over heads and
-    queries of the attention that a row received, so that rows add up to 1."""
+    queries of the attention that a row received, so that rows add up to 1. pixels_BYXC: what the tower read, where a caller adds it."""
 
     x_BSD: dict[int, jax.Array]
     cls_BNS: dict[int, jax.Array]
     received_BS: dict[int, jax.Array]
     k_BSNH: dict[int, jax.Array]
     q_BSNH: dict[int, jax.Array]
+    pixels_BYXC: jax.Array | None = None
 
 
 class Encoded(struct.PyTreeNode):
@@ -170,7 +171,7 @@ def encode(
         )
         for name, value in found.items():
             seen[name][i] = value
-    return Encoded(x, size, source, Seen(*(seen[name] for name in ("x", "cls", "received", "k", "q"))))
+    return Encoded(x, size, source, Seen(seen["x"], seen["cls"], seen["received"], seen["k"], seen["q"]))
 
 
 def finish(params: ViTParams, cfg: ViTConfig, x_BSD: jax.Array) -> jax.Array:

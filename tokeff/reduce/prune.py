@@ -16,6 +16,7 @@ from tokeff.errors import UserError
 from tokeff.kv.budget import Budget, check_budget, most_rows, rows_of
 from tokeff.models.attention import NEG, scores
 from tokeff.models.flow import EMPTY, Flow, Here
+from tokeff.models.transformer import Pass
 from tokeff.sharding import top_k
 
 
@@ -43,7 +44,7 @@ def smooth(score_BT: jax.Array, real_BT: jax.Array, kernel: int) -> jax.Array:
 
 
 @dataclass(frozen=True)
-class LastRowTopK:
+class LastRowTopK(Pass):
     """Keep the rows that the prompt's last row looks at most at `layer` (and the last row itself).
 
     GemFilter (Shi et al. 2024): restart=True; PromptDistill (Jin et al. 2025): restart=False, original positions kept. Both average
@@ -56,6 +57,9 @@ class LastRowTopK:
     kernel: int = 5
 
     whole_prompt: ClassVar[bool] = True  # ranks all rows against each other, so the prompt cannot come in chunks
+
+    def layers(self, cfg) -> tuple[int, ...]:
+        return (self.layer,)
 
     def check(self, cfg, length: int) -> None:
         check_budget(self.budget, length)
@@ -82,14 +86,16 @@ class LastRowTopK:
 
 
 @dataclass(frozen=True)
-class LastRows:
+class LastRows(Pass):
     """The end of the prompt and nothing else, read as a prompt of its own: what a user does who cuts the text off."""
 
     budget: Budget
 
-    layer: ClassVar[int] = 0
     restart: ClassVar[bool] = True
     whole_prompt: ClassVar[bool] = True
+
+    def layers(self, cfg) -> tuple[int, ...]:
+        return (0,)
 
     def check(self, cfg, length: int) -> None:
         check_budget(self.budget, length)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -84,6 +85,8 @@ class Representatives(Selector):
 @dataclass(frozen=True)
 class OneDistance(Read):
     """`Read`, where the first rows and the chosen ones stand `recent` places before every query, whatever their place (sec. 3.3)."""
+
+    raw_keys: ClassVar[bool] = True
 
     def asking(self, q_BTNH: jax.Array, raw_BTNH: jax.Array, here: Here) -> jax.Array:
         return here.rotate(raw_BTNH, jnp.full(raw_BTNH.shape[:3], self.recent))
