@@ -9,13 +9,13 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from tokeff.kernels import column_mass, decode_attention, dispatch
+from tokeff.kernels import column_mass, decode_attention, dispatch, tree_attention
 
 
 @contextmanager
 def float64_model():
     """64-bit types on, float64 attention and column mass."""
-    ops = {decode_attention: attention, column_mass: mass}
+    ops = {decode_attention: attention, column_mass: mass, tree_attention: tree}
     tables = {op: __import__(op.__module__, fromlist=["OP"]).OP.run for op in ops}
     before = {op: table["xla"] for op, table in tables.items()}
     dispatch._compiled.cache_clear()
@@ -57,9 +57,26 @@ def attention(
     if page_BKM is not None:
         page = jnp.arange(k_BKCH.shape[2]) // page_size
         seen = seen & (page[:, None] == page_BKM[:, :, None]).any(-1)[:, :, None, None]
-    lse = jax.nn.logsumexp(jnp.where(seen, x, -jnp.inf), axis=-1)
-    p = jnp.where(seen, jnp.exp(x - jnp.where(jnp.isfinite(lse), lse, 0)[..., None]), 0)
+    return weighed(x, seen, v_BKCH)
+
+
+def weighed(x_BKTGC, seen_BKTGC, v_BKCH):
+    """(out_BTNH, lse_BTN) of the rows that are seen."""
+    lse = jax.nn.logsumexp(jnp.where(seen_BKTGC, x_BKTGC, -jnp.inf), axis=-1)
+    p = jnp.where(seen_BKTGC, jnp.exp(x_BKTGC - jnp.where(jnp.isfinite(lse), lse, 0)[..., None]), 0)
     return heads_last(jnp.einsum("bktgc,bkch->bktgh", p, v_BKCH)), heads_last(lse)
+
+
+def tree(
+    q_BTNH, k_BKCH, v_BKCH, k_BKWH, v_BKWH, order_BKC, lo_BT, hi_BT, among_BTW, *, scale, softcap, finite=False, clean=False
+):  # fmt: skip
+    """`tree_attention` by its definition: the draft behind the stored rows."""
+    B, K, W, _ = k_BKWH.shape
+    x, seen = logits(q_BTNH, k_BKCH, order_BKC, lo_BT, hi_BT, scale, softcap)
+    y, _ = logits(q_BTNH, k_BKWH, jnp.zeros((B, K, W), jnp.int32), lo_BT, hi_BT, scale, softcap)
+    among = jnp.broadcast_to(among_BTW[:, None, :, None], y.shape)
+    both = [jnp.concatenate(pair, axis=-1) for pair in ((x, y), (seen, among))]
+    return weighed(*both, jnp.concatenate([v_BKCH, v_BKWH], axis=2))
 
 
 def mass(q_BTNH, k_BKCH, lse_BTN, weight_BT, order_BKC, lo_BT, hi_BT, *, scale, softcap, clean=False):
