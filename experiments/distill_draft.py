@@ -163,7 +163,8 @@ def learn(m: Model, given: list[Lessons], how: Training, where: Path) -> tuple[M
         shown.set_postfix(loss=f"{seen[-1][0]:.3f}", agree=f"{seen[-1][1]:.2f}")
         if (i + 1) % how.save == 0 or i + 1 in (falls, steps):
             into = steady if i < falls else falling
-            all_ = ocp.args.Composite(state=ocp.args.StandardSave(state), seen=ocp.args.JsonSave({"steps": seen}))
+            now = {"steps": list(seen)}  # written later, when there are more
+            all_ = ocp.args.Composite(state=ocp.args.StandardSave(state), seen=ocp.args.JsonSave(now))
             into.save(i + 1, args=all_, force=True)
     for manager in (steady, falling):
         manager.close()
