@@ -5,7 +5,7 @@ PEERS ?= .venv-peers
 BIN := $(VENV)/bin
 export JAX_PLATFORMS ?=
 
-.PHONY: quickstart test check peers proofs gpu clean
+.PHONY: quickstart test check peers proofs gpu tpu clean
 
 $(BIN)/tokeff: setup.py pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -39,9 +39,9 @@ proofs: $(BIN)/tokeff peers  ## the long proofs; results go to experiments/resul
 	$(BIN)/python experiments/lossless.py
 	$(BIN)/python experiments/aot_8b_decode.py
 
-gpu: $(BIN)/tokeff  ## kernel suite and benchmarks on a machine with a GPU
-	$(BIN)/python -m pytest tests/kernels -m "not aot"
-	$(BIN)/tokeff bench kernels --out benchmarks
+# $(PYTHON) must have jax for the device, and nothing else. Run again after an interruption: what is done is not done again.
+gpu tpu:  ## every kernel checked and timed on the GPU, or TPU, of this machine
+	$(PYTHON) -m tokeff.bench.device --platform $@
 
 clean:
 	rm -rf $(VENV) $(PEERS) build dist *.egg-info

@@ -36,75 +36,26 @@ import numpy as np
 from tokeff.bench.common import interleave
 from tokeff.data import speech
 from tokeff.evals import stats
+from tokeff.evals.hearing import MOST, apart, encoded, errors, log_probs, relative, texts
 from tokeff.models.audio import RATE, read_wav
-from tokeff.models.flow import EMPTY
 from tokeff.models.transcribe import pieces
-from tokeff.models.whisper import Encoded, decode, encode, greedy, listen, silence
-from tokeff.models.whisper_config import WhisperConfig
+from tokeff.models.whisper import encode, greedy, listen
 from tokeff.models.whisper_load import Whisper, load_whisper
 from tokeff.reduce.baselines import Pooled, RandomDrop
 from tokeff.reduce.merge import Reducer, ToMe, to_share
 from tokeff.report.environment import describe
 from tokeff.report.spectrogram import merged_rows
 
-SHARES, MOST = (0.66, 0.33, 0.22, 0.11), 128
+SHARES = (0.66, 0.33, 0.22, 0.11)
 HOW: dict[str, Reducer] = {"ToMe": ToMe(ordered=True), "neighbours": Pooled(), "random": RandomDrop()}
 LAYERWISE = (("ToMe", 0.33), ("neighbours", 0.33))  # the rest at once
 TIMED = ("ToMe", "neighbours")
 ROOT = Path(__file__).parents[1]
-written = jax.jit(decode, static_argnums=1)
-
-
-def flops(cfg: WhisperConfig, drop: tuple[int, ...]) -> float:
-    """Multiplications of an encoder pass: convolutions, and of each layer attention over the rows that enter and the feed-forward of those
-    that leave."""
-    left, total = cfg.S, 3 * cfg.D * (2 * cfg.S * cfg.I + cfg.S * cfg.D)
-    for r in drop:
-        total += 4 * left * cfg.D**2 + 2 * left**2 * cfg.D
-        left -= r
-        total += 2 * left * cfg.D * cfg.F
-    return total
-
-
-def relative(cfg: WhisperConfig, drop: tuple[int, ...]) -> float:
-    """`flops` as a share of those over all rows."""
-    return flops(cfg, drop) / flops(cfg, (0,) * cfg.L)
-
-
-def encoded(m: Whisper, mel_BTI: np.ndarray, how: Reducer | None, drop: tuple[int, ...]) -> Encoded:
-    """The windows through the encoder, one by one."""
-    rows = [encode(m.params, m.cfg, jnp.asarray(mel_BTI[i : i + 1]), reduce=how, drop=drop) for i in range(len(mel_BTI))]
-    return jax.tree.map(lambda *x: jnp.concatenate(x), *rows)
-
-
-def log_probs(m: Whisper, heard, text_BT: np.ndarray) -> np.ndarray:
-    """log-probabilities_BTV of the tokens of each transcript and of the end after it."""
-    start = np.tile(m.cfg.start, (len(text_BT), 1))
-    given = np.concatenate([start, np.where(text_BT == EMPTY, m.cfg.eos, text_BT)], axis=1)
-    logits, _ = written(m.params, m.cfg, given, 0, heard, silence(m.cfg, *given.shape))
-    return np.asarray(jax.nn.log_softmax(logits[:, len(m.cfg.start) - 1 :], axis=-1))
-
-
-def texts(m: Whisper, text_BT: np.ndarray, owner: list[int]) -> list[str]:
-    """The transcript of each clip, its windows joined."""
-    joined = [""] * (max(owner) + 1)
-    for i, ids in zip(owner, text_BT):
-        joined[i] += m.tok.decode(ids[ids != EMPTY])
-    return joined
-
-
-def errors(said: list[str], wanted: list[str | None]) -> tuple[int, int]:
-    """(word errors, words) of all clips that have a transcript."""
-    pairs = [speech.word_errors(a, b) for a, b in zip(said, wanted) if b is not None]
-    return sum(e for e, _ in pairs), sum(n for _, n in pairs)
 
 
 def compare(ours: np.ndarray, full: np.ndarray, text_BT: np.ndarray) -> dict[str, Any]:
     """Divergence from all rows and agreement of the likeliest token: means over windows with their intervals."""
-    kl, agree = [], []
-    for p, q, n in zip(full, ours, (text_BT != EMPTY).sum(axis=1) + 1):
-        kl.append(float((np.exp(p[:n]) * (p[:n] - q[:n])).sum(axis=-1).mean()))
-        agree.append(float((p[:n].argmax(-1) == q[:n].argmax(-1)).mean()))
+    kl, agree = apart(ours, full, text_BT)
     row = {}
     for name, values in (("kl", kl), ("agree", agree)):
         found = stats.mean(values)

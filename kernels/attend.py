@@ -8,6 +8,11 @@ import jax.numpy as jnp
 NEG = -1e30  # finite, so that a fully masked row gives zeros rather than NaN
 
 
+def exact(*arrays: jax.Array) -> str | None:
+    """The precision of a product: float32 means float32, on accelerators too, where XLA's default there would round its operands."""
+    return "highest" if all(x.dtype == jnp.float32 for x in arrays) else None
+
+
 def wide(dtype) -> jnp.dtype:
     """The type that logits and norms are computed in: float32, or float64 for a model that is float64 throughout."""
     return jnp.promote_types(jnp.float32, dtype)
@@ -22,7 +27,8 @@ def scores(q_BTNH: jax.Array, k_BKCH: jax.Array, scale: float, softcap: float) -
     B, T, N, H = q_BTNH.shape
     K = k_BKCH.shape[1]
     rows = group_rows(q_BTNH * jnp.asarray(scale, q_BTNH.dtype), K)
-    logits = jnp.einsum("bkrh,bkch->bkrc", rows, k_BKCH, preferred_element_type=wide(q_BTNH.dtype)).reshape(B, K, N // K, T, -1)
+    logits = jnp.einsum("bkrh,bkch->bkrc", rows, k_BKCH, preferred_element_type=wide(q_BTNH.dtype), precision=exact(rows, k_BKCH))
+    logits = logits.reshape(B, K, N // K, T, -1)
     return softcap * jnp.tanh(logits / softcap) if softcap else logits
 
 
@@ -44,7 +50,8 @@ def softmax(logits: jax.Array, visible: jax.Array) -> tuple[jax.Array, jax.Array
 def combine(p_BKGTC: jax.Array, v_BKCH: jax.Array) -> jax.Array:
     """out_BTNH of probabilities over values, in the values' dtype."""
     B, K, G, T, C = p_BKGTC.shape
-    out = jnp.einsum("bkrc,bkch->bkrh", p_BKGTC.reshape(B, K, G * T, C).astype(v_BKCH.dtype), v_BKCH)
+    p_BKRC = p_BKGTC.reshape(B, K, G * T, C).astype(v_BKCH.dtype)
+    out = jnp.einsum("bkrc,bkch->bkrh", p_BKRC, v_BKCH, precision=exact(p_BKRC, v_BKCH))
     return jnp.moveaxis(out.reshape(B, K, G, T, -1), 3, 1).reshape(B, T, K * G, v_BKCH.shape[-1])
 
 

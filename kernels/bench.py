@@ -1,11 +1,14 @@
 """How long the ops take, next to plain attention and to the bytes they must move and the operations they must do.
 
-A case is timed as a small model runs it: `layers` calls in one compiled program, each on arrays of its own (so that a
-cache of the processor cannot hold them all) and each waiting for the one before.
+A case is timed as a small model runs it: `layers` calls in one compiled program, each on arrays of its own and each waiting for the one
+before. Before every timing more memory is read than the last cache of the processor holds, so that all of them start cold: a model's
+weights pass through that cache between two reads of a layer's rows.
 """
 
 import time
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +44,8 @@ from tokeff.kernels.tree_attention import cases as tree_attention_cases
 from tokeff.kernels.tree_attention import tree_attention
 
 BYTES = 64 * 2**20  # of arrays that one timing goes through, where 1 to 8 layers allow
-BANDWIDTH_BYTES = 128 * 2**20
+CACHE_BYTES = 128 * 2**20  # taken for the last cache where the system does not tell: more than accelerators have
+MOST_CACHE = 512 * 2**20  # so that what is read to empty a cache leaves room for the arrays
 SIDE = {"cpu": 1024, "other": 8192}  # of the square matrices whose product measures operations a second
 
 
@@ -58,7 +62,8 @@ def bench(op, cases=None, implementation=None, repeats=9):
       One dict a case: op, case, implementation, device, ms and dense_ms a call (plain attention over the whole cache; what
       else it is, `OPS` says), floor_ms (bytes it must move, by the measured bandwidth, or operations it must do, by those of
       a large matrix product, whichever takes longer), gb_per_s (the same bytes, by ms), gflop_per_s (the operations, by ms;
-      None for an op that bytes alone bound), of_floor (floor_ms / ms) and speedup (dense_ms / ms).
+      None for an op that bytes alone bound), of_floor (floor_ms / ms), speedup (dense_ms / ms), and where the case selects rows
+      whole_ms, this op over all of them, and of_whole (whole_ms / ms). None for a plain way that does not fit the device's memory.
 
     Raises:
       ValueError: unknown op, or an implementation that does not support a case.
@@ -68,13 +73,26 @@ def bench(op, cases=None, implementation=None, repeats=9):
     device = jax.devices()[0]
     here = OPS[op][0]
     cases = cases or (here.CPU if device.platform == "cpu" else here.CASES)
-    per_second = bandwidth(repeats)
-    return [_row(op, case, implementation, device, per_second, repeats) for case in cases]
+    per_second, empty = bandwidth(repeats), emptied_cache()
+    return [_row(op, case, implementation, device, per_second, empty, repeats) for case in cases]
+
+
+def beyond_cache():
+    """Return so many bytes that reading them leaves nothing else in the last cache of the default device."""
+    held = [Path(p).read_text().strip() for p in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    told = max((int(size[:-1]) * 2**10 for size in held if size.endswith("K")), default=CACHE_BYTES)
+    return min(MOST_CACHE, told if jax.default_backend() == "cpu" else CACHE_BYTES) * 3 // 2
+
+
+def emptied_cache():
+    """Return a function that reads more than the last cache of the default device holds."""
+    x, read = jnp.zeros(beyond_cache() // 4, jnp.float32), jax.jit(jnp.sum)
+    return lambda: jax.block_until_ready(read(x))
 
 
 def bandwidth(repeats=9):
     """Return the bytes a second that the default device reads, or reads and writes in place, whichever is more."""
-    x = jnp.zeros(BANDWIDTH_BYTES // 4, jnp.float32)
+    x = jnp.zeros(beyond_cache() // 4, jnp.float32)
     read, bump = jax.jit(jnp.sum), jax.jit(lambda x: x + 1, donate_argnums=0)
     seconds = {"read": [], "both": []}
     for _ in range(repeats + 1):  # the first round compiles
@@ -92,26 +110,45 @@ def arithmetic(dtype, repeats=9):
     return 2 * side**3 / float(np.median(seconds[1:]))
 
 
-def _row(op, case, implementation, device, per_second, repeats):
+def _row(op, case, implementation, device, per_second, empty, repeats):
     module, this, plain_way, chain = OPS[op]
     layers = max(1, min(8, BYTES // module.floor_bytes(case)))
     arrays = getattr(module, "arrays", kernel_cases.arrays)
     inputs = [arrays(case, seed) for seed in range(layers)]
     this = partial(this, **module.options(case), implementation=implementation)
     programs = {"ms": this, "dense_ms": partial(plain_way, **case.options)}
+    if (selects := getattr(module, "SELECTS", None)) and case.M:
+        programs["whole_ms"] = partial(_without, this, selects)
     timers = {name: _timer(module, f, chain, inputs) for name, f in programs.items()}
-    seconds = {name: [] for name in timers}
-    for _ in range(repeats + 1):  # the first round compiles
-        for name, timer in timers.items():
-            seconds[name].append(timer())
-    ms = {name: float(np.median(s[1:])) / layers * 1e3 for name, s in seconds.items()}
+    ms: dict[str, Any] = {"whole_ms": None} | {name: s and s / layers * 1e3 for name, s in _medians(timers, empty, repeats).items()}
     flops = module.flops(case) if hasattr(module, "flops") else None
     floor_ms = module.floor_bytes(case) / per_second * 1e3
     floor_ms = floor_ms if flops is None else max(floor_ms, flops / arithmetic(case.dtype, repeats) * 1e3)
     facts = {"op": op, "case": case.name, "implementation": implementation or "auto", "device": device.device_kind}
     speed = {"floor_ms": floor_ms, "gb_per_s": module.floor_bytes(case) / ms["ms"] / 1e6}
     speed["gflop_per_s"] = None if flops is None else flops / ms["ms"] / 1e6
-    return facts | ms | speed | {"of_floor": floor_ms / ms["ms"], "speedup": ms["dense_ms"] / ms["ms"]}
+    ratios = {"speedup": ms["dense_ms"] and ms["dense_ms"] / ms["ms"], "of_whole": ms["whole_ms"] and ms["whole_ms"] / ms["ms"]}
+    return facts | ms | speed | {"of_floor": floor_ms / ms["ms"]} | ratios
+
+
+def _medians(timers, empty, repeats):
+    """Return the median seconds of each timer, taking turns; None for one beside the op that does not fit the device's memory."""
+    seconds, left = {name: [] for name in timers}, dict(timers)
+    for _ in range(repeats + 1):  # the first round compiles
+        for name, timer in list(left.items()):
+            empty()
+            try:
+                seconds[name].append(timer())
+            except jax.errors.JaxRuntimeError as error:
+                if name == "ms" or "RESOURCE_EXHAUSTED" not in str(error):
+                    raise
+                del left[name]
+    return {name: float(np.median(s[1:])) if name in left else None for name, s in seconds.items()}
+
+
+def _without(f, key, *arrays, **keys):
+    """Call f without the argument that names a selection."""
+    return f(*arrays, **{name: x for name, x in keys.items() if name != key})
 
 
 def _timer(module, f, chain, inputs):

@@ -34,7 +34,8 @@ class Op:
     out_dims: tuple[str, ...] | str
     floats: int  # so many arrays, the first ones, are differentiable; the others are integers
     localise: Callable  # (arrays, index of this shard of C, options) -> arrays as the shard counts its slots
-    combine: Callable  # (outs, mesh axis) -> outs: joins what the shards of C made of their own slots
+    combine: Callable  # (outs, mesh axis, arrays of this shard, options) -> outs: joins what the shards of C made of their own slots
+    pages: bool = False  # C counts pages, which caches split over the heads' axis of the mesh where their heads stay whole
     backward: Callable | None = None  # f(arrays, outs, cotangents, **options) -> those of the floats; None: through the XLA path
 
     def __hash__(self):
@@ -99,13 +100,14 @@ def _over_mesh(spec, arrays):
     op, mesh = spec.op, spec.mesh
     if mesh is None or mesh.size == 1:
         return _choose(spec, arrays)
-    axis = _split_axes(mesh, op.dims, arrays)
+    axis = _split_axes(mesh, op, arrays)
 
     def local(*arrays):
         if "C" not in axis:
             return _choose(spec, arrays)
-        arrays = op.localise(arrays, jax.lax.axis_index(axis["C"]), dict(spec.options))
-        return op.combine(_choose(spec, arrays), axis["C"])
+        options = dict(spec.options)
+        arrays = op.localise(arrays, jax.lax.axis_index(axis["C"]), options)
+        return op.combine(_choose(spec, arrays), axis["C"], arrays, options)
 
     def layout(dims):
         return PartitionSpec(*(axis.get(letter) for letter in dims))
@@ -113,13 +115,21 @@ def _over_mesh(spec, arrays):
     return shard_map(local, mesh, tuple(map(layout, op.dims)), jax.tree.map(layout, op.out_dims))(*arrays)
 
 
-def _split_axes(mesh, dims, arrays):
+def _split_axes(mesh, op, arrays):
     """Return {letter: mesh axis} for the dimensions that the mesh splits evenly; the others stay whole everywhere."""
-    size = {letter: n for d, x in zip(dims, arrays) if x is not None for letter, n in zip(d, x.shape)}
-    ways = {letter: mesh.shape.get(axis, 1) for letter, axis in RULES.items() if letter in size}
-    whole = {letter for letter, n in ways.items() if n == 1 or size[letter] % n}
-    whole |= {"N", "K"} if "K" in whole else set()  # a query head stays with its kv head
-    return {letter: RULES[letter] for letter in ways if letter not in whole}
+    sizes = {(letter, n) for dims, x in zip(op.dims, arrays) if x is not None for letter, n in zip(dims, x.shape)}
+    found = {letter for letter, _ in sizes}
+
+    def splits(letter, axis):
+        ways = mesh.shape.get(axis, 1)
+        return ways > 1 and all(n % ways == 0 for other, n in sizes if other == letter)
+
+    axes = {letter: axis for letter, axis in RULES.items() if letter in found and splits(letter, axis)}
+    if "K" in found and "K" not in axes:
+        axes.pop("N", None)  # a query head stays with its kv head
+        if op.pages and "C" not in axes and splits("C", RULES["P"]):
+            axes["C"] = RULES["P"]  # where the cache has them: gathering the pages of all devices would cost more than reading them
+    return axes
 
 
 def _choose(spec, arrays):

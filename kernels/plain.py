@@ -4,8 +4,6 @@ import jax
 import jax.numpy as jnp
 
 from tokeff.kernels.bipartite_match import reference as bipartite_reference
-from tokeff.kernels.compact_rows import reference as compact_reference
-from tokeff.kernels.k_centre import xla as k_centre_xla
 from tokeff.kernels.lowrank_scores.rotation import turn
 from tokeff.kernels.quant_decode.codes import dequantise
 
@@ -41,12 +39,16 @@ def page_scores(q_BTNH, low_BKPH, high_BKPH, open_BKTP, *, most, chunks, scale):
     low, high = (x[:, :, None, None] for x in (low_BKPH, low_BKPH if high_BKPH is None else high_BKPH))
     worth = jnp.maximum(q_BKTG1H * low, q_BKTG1H * high).sum((3, 5), dtype=jnp.float32) * scale
     worth = worth.reshape(*open_BKTP.shape, chunks).max(-1)
-    return jax.lax.top_k(jnp.where(open_BKTP, worth, -jnp.inf), most)
+    worth, page = jax.lax.top_k(jnp.where(open_BKTP, worth, -jnp.inf), most)
+    return worth, page
 
 
 def compact_rows(k_BKCH, v_BKCH, from_BKM, to_BKM):
-    """A gather of the whole cache."""
-    return compact_reference.run(k_BKCH, v_BKCH, from_BKM, to_BKM)
+    """One indexed read and one indexed write of each."""
+    (B, K, C, _), gone = k_BKCH.shape, (from_BKM < 0) | (to_BKM < 0)
+    b, k = jnp.arange(B)[:, None, None], jnp.arange(K)[:, None]
+    to_BKM = jnp.where(gone, C, to_BKM)  # past the end: dropped
+    return tuple(x.at[b, k, to_BKM].set(x[b, k, from_BKM], mode="drop") for x in (k_BKCH, v_BKCH))
 
 
 def lowrank_scores(q_BTNH, low_BSY, basis_BYKH, angle_BS, page_BKTM, freq_h, *, gain, page_size, scale):
@@ -72,5 +74,18 @@ def bipartite_match(metric_BSH, *, protected):
 
 
 def k_centre(distance_BPP, *, most):
-    """The loop as XLA runs it."""
-    return k_centre_xla.run(distance_BPP, most=most)
+    """The loop that keeps each row's distance to the nearest chosen one, with no care for NaN."""
+
+    def one(d_PP):
+        d_PP = jnp.where(jnp.eye(len(d_PP), dtype=bool), jnp.inf, d_PP)
+        first = jnp.argmax(d_PP.min(axis=1))
+
+        def step(i, state):
+            near_P, index_M = state
+            at = jnp.argmax(near_P)
+            return jnp.minimum(near_P, d_PP[at]).at[at].set(-jnp.inf), index_M.at[i].set(at)
+
+        start = d_PP[first].at[first].set(-jnp.inf), jnp.full(most, first, jnp.int32)
+        return jax.lax.fori_loop(1, most, step, start)[1]
+
+    return jax.vmap(one)(distance_BPP)

@@ -118,8 +118,12 @@ def test_a_budget_on_the_command_line_is_a_share_or_a_number():
 
 
 @pytest.mark.parametrize(
-    ("file", "suite"), [("quickstart", None), ("leaderboard/kv", "smoke"), ("leaderboard/kv", "full"), ("leaderboard/kv_speed", None)]
-)
+    ("file", "suite"),
+    [
+        ("quickstart", None), ("leaderboard/kv", "smoke"), ("leaderboard/kv", "full"), ("leaderboard/kv_speed", None),
+        ("leaderboard/reduce", "full"),
+    ],
+)  # fmt: skip
 def test_every_row_of_a_config_fits_its_model(file, suite):
     """What the first command of the README loads and refuses, as far as the first measurement."""
     experiment = load(str(Path(__file__).parents[1] / "configs" / f"{file}.py"), suite).experiment.settled()

@@ -117,7 +117,7 @@ reduce.HiPrune(budget: 'Budget' = 0.1111111111111111, layer: 'int' = -2, middle:
 reduce.HiRED(budget: 'Budget' = 0.2, alpha: 'float' = 0.5, layer: 'int' = -2, first: 'int' = 0, strips: 'bool' = False, lines: 'str' = \
 'none')
 reduce.HoliTom(budget: 'float' = 0.1, tau: 'float' = 0.8, longest: 'int' = 1024, near: 'int' = 7, beta: 'float' = 0.6, layer: 'int' = -2)
-reduce.MustDrop(like: 'float' = 0.8, window: 'tuple[int, int]' = (3, 3), key_share: 'float' = 0.08)
+reduce.MustDrop(like: 'float' = 0.8, window: 'tuple[int, int]' = (3, 3))
 reduce.PooledPatches(cells: 'tuple[int, int]' = (8, 8))
 reduce.PruMerge(budget: 'Budget' = 0.1111111111111111, layer: 'int' = -1, near: 'int' = 32)
 reduce.RandomPatches(budget: 'Budget' = 0.1111111111111111, seed: 'int' = 0)
@@ -129,12 +129,12 @@ reduce.VFlowOpt(budget: 'Budget' = 0.11661529508161146, above: 'float' = 39.2649
 layer: 'int' = -2, span: 'tuple[float, float]' = (-1.0, 1.0))
 reduce.VisPruner(budget: 'Budget' = 0.2222222222222222, share: 'float' = 0.5, step: 'int' = 8, layer: 'int' = -2)
 reduce.VisionZip(budget: 'Budget' = 0.09375, contextual: 'Budget' = 0.017361111111111112, layer: 'int' = -2)
-reduce.aim(first: 'Depth' = 0.5, layers: 'int' = 8) -> 'PageRanked'
+reduce.aim_decoder(first: 'Depth' = 0.5, layers: 'int' = 8) -> 'PageRanked'
 reduce.dart(budget: 'Budget' = 0.222, layer: 'Depth' = 2, pivots: 'int' = 4) -> 'DART'
 reduce.fastv(budget: 'Budget' = 0.5, layer: 'int' = 2) -> 'FastV'
 reduce.gemfilter(budget: 'Budget' = 0.125, layer: 'int' = 13) -> 'LastRowTopK'
 reduce.lazyllm(budget: 'Budget' = 0.125, at: 'tuple[Depth, ...]' = (0.3, 0.6, 0.9)) -> 'LastRowCascade'
-reduce.mustdrop(total: 'float' = 0.001, single: 'float' = 0.001, at: 'tuple[Depth, ...]' = (0.0625, 0.1875, 0.3125, 0.4375), most: \
+reduce.mustdrop_decoder(total: 'float' = 0.001, single: 'float' = 0.001, at: 'tuple[Depth, ...]' = (0.0625, 0.1875, 0.3125, 0.4375), most: \
 'Budget' = 1.0) -> 'DualFilter'
 reduce.picture_methods() -> 'tuple[PictureMethod, ...]'
 reduce.promptdistill(budget: 'Budget' = 0.125, layer: 'int' = 13) -> 'LastRowTopK'

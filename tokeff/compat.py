@@ -12,6 +12,7 @@ from jax.experimental.pallas import triton
 
 __all__ = [
     "context_mesh",
+    "count_operations",
     "forget_programs",
     "interpret_tpu",
     "pl",
@@ -20,6 +21,7 @@ __all__ = [
     "shard_map",
     "tpu_params",
     "triton",
+    "triton_calls",
     "triton_params",
 ]
 
@@ -53,6 +55,37 @@ def interpret_tpu():
 def races_found():
     """Return whether the last kernel run under `interpret_tpu` raced (jax prints races; the flag is private)."""
     return bool(importlib.import_module("jax._src.pallas.mosaic.interpret.interpret_pallas_call").races.races_found)
+
+
+def triton_calls(lowered):
+    """Return (parameters, module) of each Triton kernel in a program lowered for CUDA (jaxlib's own bindings, not public)."""
+    ir = importlib.import_module("jaxlib.mlir.ir")
+    context = importlib.import_module("jax._src.interpreters.mlir").make_ir_context()
+    importlib.import_module("jaxlib.triton.dialect").register_dialect(context)
+    found = []
+
+    def visit(op):
+        if op.name == "stablehlo.custom_call" and "triton" in str(op.attributes["call_target_name"]):
+            given = ir.DictAttr(op.attributes["mhlo.backend_config"])
+            sizes = {name: ir.IntegerAttr(given[name]).value for name in ("num_warps", "num_stages", "grid_x", "grid_y", "grid_z")}
+            with context:
+                found.append((sizes, ir.Module.parse(ir.StringAttr(given["ir"]).value_bytes)))
+        return ir.WalkResult.ADVANCE
+
+    lowered.compiler_ir("stablehlo").operation.walk(visit)
+    return found
+
+
+def count_operations(module):
+    """Return the names of all operations in a module of MLIR, once for each time one stands there."""
+    result, names = importlib.import_module("jaxlib.mlir.ir").WalkResult.ADVANCE, []
+
+    def visit(op):
+        names.append(op.name)
+        return result
+
+    module.operation.walk(visit)
+    return names
 
 
 def forget_programs(most: int = 30_000) -> bool:

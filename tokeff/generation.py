@@ -104,7 +104,7 @@ class Setup:
         for name, part, kind in kinds:
             if not isinstance(part, kind):
                 raise UserError(f"{name}={part!r} is no {kind.__name__}; give for example {name}={_EXAMPLES[name]}")
-        if self.cut is not None and not hasattr(self.cut, "choose"):
+        if self.cut is not None and not isinstance(self.cut, Pass):
             raise UserError(f"cut={self.cut!r} is no pass; give for example cut={_EXAMPLES['cut']}")
         if self.prefill is not None and not isinstance(self.prefill, Pattern):
             raise UserError(f"prefill={self.prefill!r} is no pattern; give for example prefill={_EXAMPLES['prefill']}")

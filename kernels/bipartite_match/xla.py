@@ -9,7 +9,10 @@ def run(metric_BSH, *, protected, clean=False):
     cosine = jnp.einsum("bah,beh->bae", x[:, ::2], x[:, 1::2], precision="highest")
     free = jnp.arange(x.shape[1]) >= protected
     cosine = jnp.where(free[::2, None] & free[None, 1::2] & ~jnp.isnan(cosine), cosine, -jnp.inf)
-    return jnp.max(cosine, axis=2), jnp.argmax(cosine, axis=2).astype(jnp.int32)
+    top = jnp.max(cosine, axis=2)
+    # `argmax` keeps a pair a number, which XLA:CPU does one number at a time; two minima and maxima run in its vectors.
+    place = jnp.where(cosine == top[..., None], jnp.arange(cosine.shape[2]), cosine.shape[2])
+    return top, place.min(axis=2).astype(jnp.int32)
 
 
 def unit(metric_BSH):

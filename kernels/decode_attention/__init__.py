@@ -95,7 +95,7 @@ def _localise(arrays, shard, options):
     return *others, jnp.where((page_BKM >= 0) & (page_BKM < slots // page_size), page_BKM, -1), bias_BKC
 
 
-def _combine(outs, axis):
+def _combine(outs, axis, *_):
     """Merge by log-sum-exp what each shard of the slots returned."""
     out_BTNH, lse_BTN = outs
     top_BTN = jax.lax.pmax(lse_BTN, axis)

@@ -8,11 +8,13 @@ CPU = (
     Case("smol_8k_tree32", C=8192, T=32),
     Case("smol_8k_rows1024", C=8192, M=1024),
     Case("smol_8k_pages64x16", C=8192, M=64, page_size=16),
+    Case("smol_32k_pages205x16", C=32768, M=205, page_size=16),  # a tenth
 )
 ACCELERATOR = (
     Case("8b_8k", B=8, N=32, K=8, C=8192, H=128, dtype="bfloat16"),
     Case("8b_8k_tree64", B=8, N=32, K=8, C=8192, H=128, T=64, dtype="bfloat16"),
     Case("8b_8k_pages64x16", B=8, N=32, K=8, C=8192, H=128, M=64, page_size=16, dtype="bfloat16"),
+    Case("8b_32k_pages205x16", B=2, N=32, K=8, C=32768, H=128, M=205, page_size=16, dtype="bfloat16"),
     Case("8b_32k_pages32x64", B=8, N=32, K=8, C=32768, H=128, M=32, page_size=64, dtype="bfloat16"),
     Case("smol_8k_f32", C=8192),
     Case("smol_odd", C=2001),
@@ -20,6 +22,7 @@ ACCELERATOR = (
     Case("gemma2_4k_softcap", N=8, K=4, C=4096, H=256, softcap=50.0, dtype="bfloat16"),
 )
 CASES = CPU + ACCELERATOR
+SELECTS = "page_BKM"  # the argument without which every slot is read
 
 
 def arguments(a):

@@ -12,7 +12,8 @@ def run(distance_BPP, *, most, clean=False):
     def one(d_PP, first, near_P):
         def step(i, state):
             near_P, index_M = state
-            at = jnp.argmax(near_P)
+            # The first place of the maximum; `argmax` goes through the numbers one at a time on CPU.
+            at = jnp.where(near_P == near_P.max(), jnp.arange(len(near_P)), len(near_P) - 1).min()
             return jnp.minimum(near_P, d_PP[at]).at[at].set(-jnp.inf), index_M.at[i].set(at)
 
         return jax.lax.fori_loop(1, most, step, (near_P, jnp.zeros(most, jnp.int32).at[0].set(first)))[1]

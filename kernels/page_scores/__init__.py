@@ -1,6 +1,7 @@
 """Which pages of a cache are worth reading: summaries of pages against queries, and the best pages of each."""
 
 import jax
+import jax.numpy as jnp
 
 from tokeff.kernels import dispatch
 from tokeff.kernels.page_scores import pallas_gpu, pallas_tpu, reference, xla
@@ -21,7 +22,7 @@ def page_scores(
       open_BKTP: bool, which pages each query may choose, with an axis of P / chunks; summaries of the others may hold anything, NaN too.
       most: how many pages are named, at most P / chunks.
       chunks: chunks a page; it is worth what its best one is (Yang et al. 2025, LServe, sec. 3.4).
-      scale, implementation, mesh: as in `decode_attention`; pages stay whole on every device.
+      scale, implementation, mesh: as in `decode_attention`; pages are split over 'seq', or over 'model' where it does not divide K.
 
     Returns:
       worth_BKTM float32, falling, and page_BKTM int32; -inf and -1 where a query has fewer open pages. NaN is never chosen.
@@ -38,13 +39,23 @@ def page_scores(
     return dispatch.call(OP, implementation, mesh, arrays, most=most, chunks=chunks, scale=float(scale))
 
 
+def _combine(outs, axis, arrays, options):
+    """Rank again the best pages of each shard: as many as are wanted of all, or every page that it has."""
+    (worth_BKTM, page_BKTM), pages = outs, arrays[3].shape[3]
+    page_BKTM = jnp.where(page_BKTM < 0, -1, page_BKTM + jax.lax.axis_index(axis) * pages)
+    worth_BKTM, page_BKTM = (jax.lax.all_gather(x, axis, axis=3, tiled=True) for x in (worth_BKTM, page_BKTM))
+    worth_BKTM, at_BKTM = jax.lax.top_k(worth_BKTM, options["most"])
+    return worth_BKTM, jnp.take_along_axis(page_BKTM, at_BKTM, axis=3)
+
+
 OP = dispatch.Op(
     name="page_scores",
     run=dispatch.implementations(reference, xla, pallas_tpu, pallas_gpu),
     refusal=dispatch.refusals(pallas_tpu, pallas_gpu),
-    dims=("BTNH", "BKpH", "BKpH", "BKTp"),  # p: pages stay whole, since the best are of all
+    dims=("BTNH", "BKCH", "BKCH", "BKTC"),  # C: pages, or the chunks of pages
     out_dims=("BKTM", "BKTM"),
     floats=3,
     localise=lambda arrays, shard, options: arrays,
-    combine=lambda outs, axis: outs,
+    combine=_combine,
+    pages=True,
 )

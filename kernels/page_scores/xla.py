@@ -24,9 +24,9 @@ def run(q_BTNH, low_BKPH, high_BKPH, open_BKTP, *, most, chunks, scale, clean=Fa
 
 
 def best(worth_BKTP, open_BKTP, most, chunks):
-    """Return (worth_BKTM, page_BKTM) of the best open pages from the worth of every chunk."""
+    """Return (worth_BKTM, page_BKTM) of the best open pages from the worth of every chunk; of all, where a shard has fewer than `most`."""
     worth_BKTP = worth_BKTP.reshape(*open_BKTP.shape, chunks).max(axis=-1)
     worth_BKTP = jnp.where(open_BKTP & ~jnp.isnan(worth_BKTP), worth_BKTP, NEG)
-    worth_BKTM, page_BKTM = jax.lax.top_k(worth_BKTP, most)
+    worth_BKTM, page_BKTM = jax.lax.top_k(worth_BKTP, min(most, worth_BKTP.shape[-1]))
     some_BKTM = worth_BKTM > NEG
     return jnp.where(some_BKTM, worth_BKTM, -jnp.inf).astype(jnp.float32), jnp.where(some_BKTM, page_BKTM, -1).astype(jnp.int32)

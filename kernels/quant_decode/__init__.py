@@ -26,7 +26,7 @@ def quant_decode(
       order_BKPR: int32 place in the sequence of each row, -1 where there is none.
       lo_BT, hi_BT: int32 first and last order a query sees, inclusive; lo > hi sees nothing.
       scale, softcap, finite, implementation: as in `decode_attention`.
-      mesh: as in `decode_attention`; pages are split over 'seq'.
+      mesh: as in `decode_attention`; pages are split over 'seq', or over 'model' where it does not divide K.
 
     Returns:
       out_BTNH in the dtype of q, and lse_BTN float32. A query that sees nothing gets out 0 and lse -inf.
@@ -58,9 +58,10 @@ OP = dispatch.Op(
     name="quant_decode",
     run=dispatch.implementations(reference, xla, pallas_tpu, pallas_gpu),
     refusal=dispatch.refusals(pallas_tpu, pallas_gpu),
-    dims=("BTNH", "BKCRQ", "BKCRQ", "BKCRQ", "BKCRQ", "BKCRZ", "BKCRZ", "BKCR", "BT", "BT"),  # C: pages, the axis that `seq` splits
+    dims=("BTNH", "BKCRQ", "BKCRQ", "BKCRQ", "BKCRQ", "BKCRZ", "BKCRZ", "BKCR", "BT", "BT"),  # C: pages
     out_dims=("BTNH", "BTN"),
     floats=5,
     localise=lambda arrays, shard, options: arrays,  # orders say what is seen, wherever a page lies
     combine=DECODE.combine,
+    pages=True,
 )

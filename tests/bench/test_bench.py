@@ -103,7 +103,7 @@ def test_results_are_merged_by_name_and_appear_whole(tmp_path, monkeypatch):
     before = path.read_bytes()
     with pytest.raises(ValueError, match="not JSON compliant"):
         common.save(tmp_path, "decode", [{"a": math.nan}], [])
-    monkeypatch.setattr(common.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
     with pytest.raises(OSError, match="full"):
         common.save(tmp_path, "decode", [{"a": 4}], [])
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]

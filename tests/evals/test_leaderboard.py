@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import tiny
@@ -120,6 +121,25 @@ def test_a_batch_is_measured_as_its_texts_alone():
             np.testing.assert_allclose(quality.logprob, expected.logprob, atol=1e-3)
             np.testing.assert_allclose(quality.nll, expected.nll, atol=1e-3)
             np.testing.assert_allclose([p for _, p in later], [p for _, p in alone.later(setup)[0]], atol=1e-3)
+
+
+def test_answers_of_one_token_are_read_from_the_prompt():
+    """All that is forced is the first token, which the prefill already predicts; nothing is left to read one by one."""
+    m = Model(tiny.CFG, tiny.params(), None, Precision("float32", "float32", "float32"), "tiny")
+    context, (first, second) = tiny.prompts()[0], ((5, 6), (7, 8, 9))
+    both = Reader(m, Encoded(context, (first, second), ((3,), (4,)), (11,), ()))
+    found = both.quality(Setup())
+    for question, answer, got in zip((first, second), (3, 4), found.logprob, strict=True):
+        logits = tiny.read(tiny.FULL, ((*context, *question),)).logits_BV[0]
+        np.testing.assert_allclose(got, jax.nn.log_softmax(logits)[answer], atol=1e-3)
+    assert found.nll.shape == (1,)
+
+
+def test_texts_of_one_batch_ask_equally_often():
+    m = Model(tiny.CFG, tiny.params(), None, Precision("float32", "float32", "float32"), "tiny")
+    texts = [Encoded((1, 2, 3), ((4,),) * n, ((5,),) * n, (6,), ()) for n in (2, 1)]
+    with pytest.raises(UserError, match="equally many questions, not 2, 1"):
+        Reader(m, *texts)
 
 
 def test_a_leaderboard_needs_the_full_cache():

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from jax import export
 from jax.experimental import topologies
-from jax.sharding import AxisType, SingleDeviceSharding
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 from kernel_calls import assert_close
 from kernel_ops import OPS, PUBLIC, SMALL, both, internal, naive, poisoned, public, structs
 
+from tokeff.collectives import collectives
 from tokeff.compat import interpret_tpu, races_found
 from tokeff.kernels.bench import bench
 
@@ -154,6 +155,27 @@ def test_on_a_mesh_it_returns_what_one_device_returns(op):
 
 
 @pytest.mark.core
+@pytest.mark.parametrize(
+    ("op", "i", "implementation"), [("quant_decode", 0, None), ("page_scores", 1, None), ("page_scores", 1, "reference")]
+)
+def test_pages_are_split_where_heads_are_whole(op, i, implementation):
+    """3 kv heads on model=2: each device reads its own pages, and nothing as large as those of one is sent."""
+    if len(jax.devices()) < 8:
+        pytest.skip("needs 8 devices: jax was started before tests/conftest.py could ask for them")
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    case = dataclasses.replace(SMALL[op][i], B=2, T=1, N=6, K=3, C=80)
+    a = poisoned(op, case)
+    run = jax.jit(partial(public, op, case, implementation=implementation, mesh=mesh))
+    assert_close(run(a), public(op, case, a), "float32")
+    paged = {"quant_decode": "BKPRZ", "page_scores": "BKPH"}[op]
+    dims = {name: "BKTP" if name == "open" else paged[: x.ndim] if x.shape[1] == 3 else "B" for name, x in a.items()}
+    axes = {"B": "data", "P": "model"}
+    there = {name: NamedSharding(mesh, PartitionSpec(*map(axes.get, letters))) for name, letters in dims.items()}
+    sent = collectives(run.lower({name: jax.device_put(x, there[name]) for name, x in a.items()}).compile().as_text())
+    assert sent and all(c.bytes < a[STORED[op]].nbytes / 4 for c in sent), sent
+
+
+@pytest.mark.core
 @pytest.mark.parametrize("op", [op for op in OPS if op != "k_centre"])
 def test_gradients_equal_the_references_where_slots_hold_nan(op):
     case = SMALL[op][0]
@@ -205,7 +227,7 @@ def test_what_an_implementation_cannot_do_is_said_in_one_line(op, change, implem
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("op", ["quant_decode", "compact_rows", "k_centre"])  # one of each way to run calls in a row
+@pytest.mark.parametrize("op", ["quant_decode", "page_scores", "compact_rows", "k_centre"])  # one of each way to run calls in a row
 def test_benchmark_of_small_shapes(op):
     (row,) = bench(op, [SMALL[op][-1]], repeats=1)
     assert row["op"] == op and row["ms"] > 0 and row["floor_ms"] > 0 and abs(row["speedup"] * row["ms"] - row["dense_ms"]) < 1e-9

@@ -69,6 +69,13 @@ def test_groups_without_a_range_are_exact():
         np.testing.assert_array_equal(coder.decode(coder.encode(x, True)), x)
 
 
+class KiviApart(oracle.Kivi):
+    """Values of 4 bits, keys of the given ones."""
+
+    def values(self, rows_SH, prompt):
+        return oracle.by_token(rows_SH, 4, self.group)
+
+
 KIVI = {
     "2 bits": (kv.kivi(2, 4, 4), (2, 4, 4)),
     "4 bits": (kv.kivi(4, 4, 8), (4, 4, 8)),
@@ -81,6 +88,11 @@ KIVI = {
 def test_kivi_equals_its_oracle(name):
     policy, given = KIVI[name]
     agree(policy, [oracle.Kivi(*dense(b)[:2], *given) for b in range(2)])
+
+
+def test_keys_and_values_of_other_bits_equal_their_oracle():
+    """2 bits for keys and 4 for values: the kernel takes one number of bits, so they are decoded for the read."""
+    agree(Fold(Full(), ByChannel(2), ByToken(4, 8), page=8, window=8), [KiviApart(*dense(b)[:2], 2, 8, 8) for b in range(2)])
 
 
 def test_snapkv_under_4_bits_equals_its_oracle():

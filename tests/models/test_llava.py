@@ -11,6 +11,7 @@ import tiny
 import tokenizers
 from dense import Causal
 
+from tokeff import sharding
 from tokeff.decode.methods import token_recycling
 from tokeff.generation import Setup, go, new_tokens, start
 from tokeff.kv import methods as kv
@@ -180,6 +181,22 @@ def test_what_cannot_work_is_refused_in_one_line(one_line):
         picture_rows(v, Pixels(np.zeros((1, 20, 24, 3), np.float32)))
 
 
+def test_mistakes_are_told_before_a_tower_runs(one_line, monkeypatch):
+    v, (ids, pictures) = model(), asked()
+    monkeypatch.setattr("tokeff.models.llava.picture_rows", None)
+    for setup, options, word in (
+        (Setup(cut="fastv"), {}, "pass"), (Setup(kv="h2o"), {}, "Policy"), (Setup(cut=fastv), {}, "pass"),
+        (Setup(cut=fastv(layer=9)), {}, "layers"), (Setup(cut=promptdistill(0.5, 30)), {}, "layers"),
+        (None, {"reduce": "FasterVLM"}, "reduce"), (None, {"reduce": FasterVLM}, "reduce"), (None, {"max_new": 0}, "max_new"),
+        ("fastv", {}, "Setup"),
+    ):  # fmt: skip
+        with one_line(word):
+            generate(v, ids, pictures, setup=setup, **options)
+        if isinstance(setup, Setup):
+            with one_line(word):
+                read(v, ids, pictures, setup, 4)
+
+
 def test_every_array_is_named_by_its_letters():
     """So that the sharding table lays towers out too."""
     for kind in (ViTBlock, AttentionPool, ViTParams, LlavaParams):
@@ -211,6 +228,16 @@ def test_a_picture_is_prepared_as_its_model_says(one_line):
     large = dataclasses.replace(v, cfg=dataclasses.replace(v.cfg, canvases=((24, 48), (48, 48))))
     pixels = prepare(large, given)
     assert pixels.crops_BYXC.shape == (5, 24, 24, 3) and pixels.size == (30, 47)
+
+
+def test_pictures_on_a_mesh():
+    """Rows of pictures lie where the tokens beside them lie, and what is read is the same."""
+    v, (ids, pictures) = model(), asked()
+    known = read(v, ids, pictures, Setup(), 2, reduce=FasterVLM(9), positions="kept")
+    there = dataclasses.replace(v, text=sharding.place(v.text, sharding.mesh(2, 2)))
+    got = read(there, ids, pictures, Setup(), 2, reduce=FasterVLM(9), positions="kept")
+    assert "data" in got.layers[0].k_BKSH.sharding.spec
+    np.testing.assert_allclose(got.logits_BV, known.logits_BV, atol=1e-4)
 
 
 def test_generate_takes_text_and_pictures(one_line):

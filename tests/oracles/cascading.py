@@ -24,7 +24,7 @@ class Run:
     """A prompt through the network under a method, and tokens decoded behind it with all rows that each layer holds."""
 
     def __init__(self, model: Model, x: dict, pictured: set, method):
-        self.m, self.x, self.pictured, self.method = model, dict(x), set(pictured), method
+        self.m, self.x, self.pictured, self.method = model, dict(x), set(pictured) - {max(x)}, method
         self.first = dict(x)
         self.position = {o: o for o in x}
         self.score, self.cache = {}, []
@@ -70,7 +70,7 @@ class Run:
         return np.stack([sum(p * self.v[s][n // self.m.G] for s, p in self.looks(o, n).items()) for n in range(self.m.cfg.N)])
 
     def asking(self) -> list:
-        """Rows of text behind the last picture."""
+        """Rows of text behind the last picture; where there are none, the prompt's last row, which always goes on."""
         end = max((o for o in self.x if o in self.pictured), default=-1)
         return [o for o in sorted(self.x) if o > end]
 
@@ -216,7 +216,7 @@ class SparseVLM(Method):
             for t, p in softmax({t: run.first[s] @ run.first[t] for t in text}).items():
                 share[t] += p / len(seen)
         mean = np.mean(list(share.values()))
-        return [t for t in text if share[t] > mean]
+        return [t for t in text if share[t] > mean] if len(text) > 1 else text
 
     def note(self, run, layer):
         if layer + 1 in self.at:
@@ -243,10 +243,12 @@ def clusters(x: dict, n: int) -> dict:
     """{centre: its rows}: density peaks over nearest neighbours (Du et al. 2016)."""
     rows = list(x)
     d = {a: {b: np.linalg.norm(x[a] - x[b]) / len(x[a]) ** 0.5 for b in rows} for a in rows}
-    density = {a: np.exp(-np.mean([r**2 for r in sorted(d[a].values())[:n]])) for a in rows}
+    log = {a: -np.mean([r**2 for r in sorted(d[a].values())[:n]]) for a in rows}
     far = max(max(row.values()) for row in d.values())
-    apart = {a: min([d[a][b] for b in rows if density[b] > density[a]], default=far) for a in rows}
-    centres = sorted(rows, key=lambda a: -apart[a] * density[a])[:n]
+    before = {a: [b for i, b in enumerate(rows) if (log[b], -i) > (log[a], -rows.index(a))] for a in rows}
+    apart = {a: min([d[a][b] for b in before[a]], default=far) for a in rows}
+    with np.errstate(divide="ignore"):
+        centres = sorted(rows, key=lambda a: -np.log(apart[a]) - log[a])[:n]
     groups = {c: [c] for c in centres}
     for a in rows:
         if a not in groups:

@@ -46,12 +46,13 @@ def best_runs(like_EP, longest):
 
 
 def peaks(rows, near):
-    """(scores of rows as centres by density peaks, distances); of equally dense rows the earlier is denser."""
+    """(logarithms of the scores of rows as centres by density peaks, distances); of equally dense rows the earlier is denser."""
     n = len(rows)
     d = np.array([[np.linalg.norm(a - b) for b in rows] for a in rows]) / rows[0].shape[0] ** 0.5
-    dense = [np.exp(-np.mean(np.sort(d[i])[:near] ** 2)) for i in range(n)]
+    dense = [-np.mean(np.sort(d[i])[:near] ** 2) for i in range(n)]
     apart = [min([d[i, j] for j in range(n) if (dense[j], -j) > (dense[i], -i)], default=d.max()) for i in range(n)]
-    return np.multiply(dense, apart), d
+    with np.errstate(divide="ignore"):
+        return np.log(apart) + dense, d
 
 
 def clusters(rows, count, near, beta):

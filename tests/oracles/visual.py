@@ -83,12 +83,6 @@ def prumerge(x_PD, q_D, k_SD, k, near):
     return np.array(rows), [*kept, -1]
 
 
-def outliers(a_P):
-    """How many scores lie above Q3 + 1.5 (Q3 - Q1), quartiles by linear interpolation."""
-    low, high = np.percentile(a_P, 25), np.percentile(a_P, 75)
-    return int((a_P > high + 1.5 * (high - low)).sum())
-
-
 def pooled(x_PD, grid, cells):
     """Means over cells from floor(i n / m) to ceil((i + 1) n / m), on both sides."""
     x, rows, places = x_PD.reshape(*grid, -1), [], []

@@ -3,6 +3,8 @@
 Everything returns (rows, places) unless it says otherwise.
 """
 
+from fractions import Fraction
+
 import numpy as np
 from oracles.tower import block, embed
 from oracles.visual import cosine, top
@@ -36,11 +38,11 @@ def flowcut(params, cfg, pixels, layers, M, keep=0.5, every=2):
 
 
 def mustdrop(params, cfg, pixels, layers, like, window):
-    """MustDrop (Liu et al. 2024): windows behind the first layer; and the class row's attention in the last one."""
+    """MustDrop (Liu et al. 2024): windows behind the first layer."""
     x, left = embed(params, cfg, pixels), list(range(cfg.patches))
     found, columns = {}, cfg.grid[1]
-    for i in range(cfg.L):
-        x, p, *_ = block(params.blocks[i], cfg, x)
+    for i in range(max(layers) + 1):
+        x, *_ = block(params.blocks[i], cfg, x)
         if i == 0:
             rows = {t: r for t, r in zip(left, x[1:])}
             for y in range(0, cfg.grid[0], window[0]):
@@ -54,7 +56,7 @@ def mustdrop(params, cfg, pixels, layers, like, window):
             left = sorted(rows)
             x = np.array([x[0], *(rows[t] for t in left)])
         found[i] = x[1:]
-    return np.concatenate([found[i] for i in layers], axis=1), left, dict(zip(left, p[:, 0, 1:].mean(axis=0)))
+    return np.concatenate([found[i] for i in layers], axis=1), left
 
 
 def context(q_NSH, k_NSH, above):
@@ -167,7 +169,15 @@ def tokencorr(x_PD, k_PH, a_P, M, like, often):
     return x_PD[at], at
 
 
-def hired(top_P, bottom_BP, grid, down, across, share, alpha):
+def crop_of(i, grid, across, lines, columns):
+    """The crop that shows what patch i of the full image shows. The full image is squeezed into the tower's square; on the canvas the same
+    picture spans these lines and columns of patches, of which each crop has `grid`."""
+    middle = [Fraction(2 * a + 1, 2 * n) for a, n in zip(divmod(i, grid[1]), grid)]  # of the patch, as shares of the picture
+    y, x = (first + share * (last - first) for share, (first, last) in zip(middle, (lines, columns)))
+    return int(y / grid[0]) * across + int(x / grid[1])
+
+
+def hired(top_P, bottom_BP, grid, across, lines, columns, share, alpha):
     """places of each crop (Arif et al. 2024): the budget of crops by where the first layer looks."""
     B, P = bottom_BP.shape
     total = int(np.ceil(B * P * share - 1e-9))
@@ -176,8 +186,7 @@ def hired(top_P, bottom_BP, grid, down, across, share, alpha):
     looked = top(top_P, int(P * (1 - alpha)))
     found = [0] * (B - 1)
     for i in looked:
-        y, x = i // grid[1], i % grid[1]
-        found[y * down // grid[0] * across + x * across // grid[1]] += 1
+        found[crop_of(i, grid, across, lines, columns)] += 1
     counts = [full] + [min(int(n * rest / len(looked) + 1e-9), P) for n in found]
     return [top(a, n) for a, n in zip(bottom_BP, counts)]
 
@@ -204,7 +213,7 @@ def globalcom2(a_BP, grid, down, across, lines, columns, R, heat):
     above[slice(*lines), slice(*columns)] = bilinear(a_BP[0].reshape(grid), (lines[1] - lines[0], columns[1] - columns[0]))
     s = np.zeros(down * across)
     for i in range(P):
-        s[i // grid[1] * down // grid[0] * across + i % grid[1] * across // grid[1]] += a_BP[0, i]
+        s[crop_of(i, grid, across, lines, columns)] += a_BP[0, i]
     e = np.exp((s - s.max()) / heat)
     scale = np.minimum(R * (1 + e / e.sum() - 1 / len(e)), 1)
     found = [top(a_BP[0], int(P * R + 1e-9))]

@@ -1,7 +1,8 @@
 """Passes with several stages against their oracles: who goes on, at what positions, what layers hold, and what is decoded behind it."""
 
 from contextlib import contextmanager
-from functools import cache
+from dataclasses import replace
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -13,16 +14,16 @@ from oracles import model as oracle
 
 from tokeff import published
 from tokeff.errors import UserError
-from tokeff.generation import Setup
+from tokeff.generation import Setup, bucket, pad
 from tokeff.kv import methods as kv
 from tokeff.kv.classes import ByClass
 from tokeff.kv.prefill import Embeds, prefill
 from tokeff.models.flow import EMPTY, Flow, Here
-from tokeff.models.transformer import embed, orders
+from tokeff.models.transformer import embed, one_layer, orders, project, rms_norm
 from tokeff.reduce import methods as reduce
 from tokeff.reduce.cascade import LastRowCascade, MassCascade, best_rows, looked_at
 from tokeff.reduce.maps import DualFilter, PageRanked
-from tokeff.reduce.pictures import DART, FastV, PyramidDrop, Resting, TransPrune
+from tokeff.reduce.pictures import DART, FastV, PictureCascade, PyramidDrop, Resting, TransPrune
 from tokeff.reduce.recycle import SparseVLM
 from tokeff.sparse import methods as sparse
 
@@ -113,6 +114,70 @@ def test_decoding_goes_on_where_the_method_says(name):
             np.testing.assert_allclose(logits[b], known[b].decode(GIVEN[b][t], len(asked()[0][b]) + t), atol=ATOL)
 
 
+@partial(jax.jit, static_argnames="cut")
+def chosen(flow, *, cut):
+    """What a pass chooses at layer 1, having seen layer 0: these rows and their queries and keys, as they are."""
+    for layer in (0, 1):
+        w, here = tiny.params().blocks[layer], Here(layer, tiny.CFG)
+        y = rms_norm(flow.x_BTD, w.attn_norm_D, tiny.CFG.eps)
+        q, k, _ = project(w, tiny.CFG, y)
+        flow = cut.note(q, k, flow, here) if layer == 0 or cut.writes else flow
+        flow = cut.added(y, jnp.roll(y, 1, axis=2), flow, here) if layer == 0 else flow
+    return cut.choose(q, k, flow, here)
+
+
+SPOILED = (
+    LastRowCascade((1,), (12,)), MassCascade((1,), (12,)), FastV((1,), (6,)), PyramidDrop((1,), (6,)), TransPrune((1,), (6,)),
+    SparseVLM((1,), (5,), recycle=0.9), DART((1,), (9,)), PageRanked((1,), (6,), heat=3.0), DualFilter((1,), (6,), total=0.05, single=0.1),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("cut", SPOILED, ids=lambda cut: type(cut).__name__)
+def test_a_row_that_is_no_number_is_not_there(cut):
+    """A picture's row (10) or the instruction's (24) is NaN, or absent: the same others go on; it goes first, unless all text goes on."""
+    ids, x = asked()
+    x, order = np.array(x[:1].repeat(4, axis=0)[:, :30]), np.tile(np.arange(30, dtype=np.int32), (4, 1))
+    for b, row in ((0, 10), (2, 24)):
+        x[b, row] = np.nan
+        x[b + 1, row], order[b + 1, row] = 0, EMPTY
+    tokens = jnp.where(order == EMPTY, EMPTY, jnp.asarray(ids[0]))
+    flow = Flow(jnp.asarray(x), jnp.asarray(order), jnp.tile(jnp.arange(30), (4, 1)), jnp.asarray(order), id_BT=tokens)
+    cut = replace(cut, pictures=(IMAGE,)) if isinstance(cut, PictureCascade) else cut
+    left = [{i for i in row if i != EMPTY} for row in chosen(flow, cut=cut).tolist()]
+    assert left[0] == left[1] and 10 not in left[0] and 6 < len(left[0]) < 29
+    assert left[2] - {24} == left[3] and (24 in left[2]) == isinstance(cut, PictureCascade)
+
+
+@pytest.mark.parametrize("name", ["TransPrune", "SparseVLM", "MustDrop"])
+def test_behind_a_picture_at_the_end_the_last_row_asks(name):
+    """And it goes on, for its logits come next."""
+    cut, make = METHODS[name]
+    ids, x = asked()
+    n = SHAPES[0][0] + SHAPES[0][1]
+    tokens, length = tiny.padded([ids[0][:n]])
+    x = jnp.pad(x[:1, :n], ((0, 0), (0, max(tokens.shape[1] - n, 0)), (0, 0)))
+    got = prefill(tiny.params(), tiny.CFG, tokens, length, cut=cut.seeing((IMAGE,), [ids[0][:n]]), embeds=Embeds(x))
+    vectors = {o: np.asarray(x[0, o], np.float64) for o in range(n)}
+    known = rules.Run(oracle.Model(tiny.params(), tiny.CFG), vectors, set(range(SHAPES[0][0], n)), make())
+    assert [held(layer, 0) for layer in got.layers] == [sorted(rows) for rows in known.cache]
+    np.testing.assert_allclose(got.logits_BV[0], known.logits, atol=ATOL)
+
+
+def test_prompts_of_one_bucket_share_compiled_code():
+    """As many (bucket, cut) as buckets for a picture of one size, and layers in which a pass does nothing are those of no pass."""
+    for cut in (PyramidDrop((1, 2), (0.5, 0.25)), SparseVLM((1, 2), (0.3, 0.2)), PageRanked((0,), (0.7, 0.3, 0))):
+        texts = [[5] * before + [IMAGE] * 576 + [7] * 30 for before in range(0, 640, 10)]
+        static = {(bucket(len(text)), cut.seeing((IMAGE,), [text])) for text in texts}
+        assert len(static) == len({bucket(len(text)) for text in texts})
+    counts = []
+    for cut, before in ((None, 5), (FastV((1,), (0.25,)), 5), (FastV((1,), (0.25,)), 9)):
+        ids = [[5] * before + [IMAGE] * 48 + [7] * 3]
+        tokens, length = pad(ids)
+        prefill(tiny.params(), tiny.CFG, tokens, length, cut=cut and cut.seeing((IMAGE,), ids))
+        counts.append(one_layer._cache_size())  # type: ignore[attr-defined]
+    assert [b - a for a, b in zip(counts, counts[1:])] == [2, 0]  # the layer that chooses, and the smaller one above it
+
+
 ALL = (
     LastRowCascade((0, 1), (1.0, 1.0)), MassCascade((0, 1), (1.0, 1.0)), FastV((1,), (1.0,)), PyramidDrop((1, 2), (1.0, 1.0)),
     TransPrune((1, 2), (1.0, 1.0)), SparseVLM((1, 2), (1.0, 1.0)), DART((1,), (1.0,)), PageRanked((1,), (1.0, 1.0)),
@@ -145,9 +210,11 @@ def test_layers_above_a_stage_are_smaller():
     assert [p.k_BKSH.shape[2] for p in read(LastRowCascade((0, 1), (12, 7))).layers] == [30, 12, 7]
     ids = [[1, *[IMAGE] * 100, 2], [3, *[IMAGE] * 20, *range(5, 25)]]
     cut = PyramidDrop((1, 2), (0.5, 0.25)).seeing((IMAGE,), ids)
-    assert cut.fewest == (64, 32) and cut.rows(102) == 32 and cut.pictures == (IMAGE,)
-    assert SparseVLM((2,), (0.1,)).seeing((IMAGE,), ids).fewest == (32,)  # 2 + 10 + (27 + 1) // 10 + 1, and 21 + 2 + (5 + 1) // 10 + 1
-    assert Resting().seeing((IMAGE,), ids).fewest == (32,)
+    assert cut.gone == (8, 12) and cut.rows(102) == 90 and cut.pictures == (IMAGE,) and cut.behind == 32  # 16 rows of each can go
+    one = PyramidDrop((1, 2), (0.5, 0.25)).seeing((IMAGE,), ids[:1])
+    assert one.gone == (48, 72) and [one.most(0, 128), one.most(1, 80)] == [80, 56] and one.behind == 16
+    assert SparseVLM((2,), (0.1,)).seeing((IMAGE,), ids[:1]).gone == (96 - (10 + 26 // 10 + 1),)
+    assert Resting().seeing((IMAGE,), ids).gone == (16,) and Resting().seeing((IMAGE,), [[IMAGE] * 33]).most(0, 33) == 1
 
 
 def test_who_keeps_positions_and_who_renumbers():
@@ -215,6 +282,18 @@ def test_what_cannot_work_is_refused_in_one_line():
     ):  # fmt: skip
         with refused(word):
             cut.check(cfg, 40)
+    near = replace(cfg, windows=(8, None, 8))
+    for cut in (last((0,), (0.5,)), SparseVLM((1,), (0.5,), (IMAGE,)), last((1, 2), (9, 9))):
+        with refused("sees all is 1"):
+            cut.check(near, 40)
+    for cut in (SparseVLM((2,), (0.5,), (IMAGE,)), DART((1,), (0.5,), (IMAGE,)), MassCascade((1,), (0.5,)), last((0,), (0.5,))):
+        cut.check(near, 8 if isinstance(cut, LastRowCascade) else 40)
+    for make in (
+        lambda: last(0.5, (0.5,)), lambda: last([1], (0.5,)), lambda: last((1,), 0.5), lambda: last(("1",), (0.5,)),
+        lambda: reduce.lazyllm(at=3), lambda: reduce.pyramiddrop(at=0.5), lambda: reduce.mustdrop_decoder(at=2),
+    ):  # fmt: skip
+        with refused("give"):
+            make()
     tokens, length = tiny.padded(tiny.prompts())
     with refused("whole prompt"):
         prefill(tiny.params(), tiny.CFG, tokens, length, cut=METHODS["LazyLLM"][0], chunk=16)
@@ -226,8 +305,8 @@ def test_defaults_and_published_numbers_are_the_same_stages():
     for make, paper, L, layers in (
         (reduce.fastv, published.FASTV, 32, (1,)), (reduce.pyramiddrop, published.PYRAMIDDROP, 32, (8, 16, 24)),
         (reduce.sparsevlm, published.SPARSEVLM, 32, (3, 7, 16)), (reduce.transprune, published.TRANSPRUNE, 32, (7, 9, 12)),
-        (reduce.dart, published.DART, 32, (2,)), (reduce.aim, published.AIM, 28, tuple(range(14, 22))),
-        (reduce.mustdrop, published.MUSTDROP, 32, (2, 6, 10, 14)),
+        (reduce.dart, published.DART, 32, (2,)), (reduce.aim_decoder, published.AIM, 28, tuple(range(14, 22))),
+        (reduce.mustdrop_decoder, published.MUSTDROP, 32, (2, 6, 10, 14)),
     ):  # fmt: skip
         scaled, known = make(), make(**paper)
         cfg = type("Layers", (), {"L": L})
@@ -236,7 +315,7 @@ def test_defaults_and_published_numbers_are_the_same_stages():
         assert [scaled.left(i, n) for i in range(len(scaled.keep))] == counts[make.__name__]
     assert counts == {
         "fastv": [288], "pyramiddrop": [288, 144, 72], "sparsevlm": [300 + 9, 200 + 4, 110 + 3], "transprune": [504, 360, 72],
-        "dart": [128], "aim": [72 * i for i in range(7, -1, -1)], "mustdrop": [576] * 4,
+        "dart": [128], "aim_decoder": [72 * i for i in range(7, -1, -1)], "mustdrop_decoder": [576] * 4,
     }  # fmt: skip
     np.testing.assert_allclose(reduce.lazyllm(0.125, (8, 16, 24)).keep, (0.5, 0.25, 0.125))
     assert reduce.spatten(100, (1, 2)).keep == (100, 100)

@@ -55,6 +55,7 @@ def test_what_says_most_stays_in_order():
     assert len(kept) in (10, 11) and selective_context(model(), PROMPT, 1.0) == list(PROMPT)
     assert selective_context(model(), PROMPT, 0.25, last=8)[-8:] == list(PROMPT[-8:])
     assert selective_context(model(), PROMPT, 0.25, nats=said) == kept
+    assert selective_context(model(), PROMPT, 0.25, last=41, nats=said) == list(PROMPT)
 
 
 def test_units_stay_or_go_whole():
@@ -103,7 +104,9 @@ def test_what_cannot_work_is_refused():
     for call in (
         lambda: information(model(), []), lambda: selective_context(model(), PROMPT, 0.0), lambda: selective_context(model(), PROMPT, 1.5),
         lambda: merged_words(model(), [[1, 2]], [[0]]), lambda: merged_words(model(), [[1, 2]], [[1, 0]]),
-        lambda: merged_words(model(), [[]], [[]]),
+        lambda: merged_words(model(), [[]], [[]]), lambda: selective_context(model(), [1, 2], nats=np.ones(3)),
+        lambda: selective_context(model(), [1, 2], nats=np.array([1, np.nan])),
+        lambda: selective_context(model(), [1, 2], nats=np.ones(2), units=[0]),
     ):  # fmt: skip
         with pytest.raises(UserError) as error:
             call()

@@ -11,6 +11,7 @@ from oracles import filming
 
 from tokeff.errors import UserError
 from tokeff.models.vit_config import ViTConfig
+from tokeff.reduce.peaks import density_peaks
 from tokeff.reduce.video import (
     DyCoke,
     FastVID,
@@ -19,9 +20,7 @@ from tokeff.reduce.video import (
     StillRuns,
     clustered,
     like_next,
-    merge_frames,
     segments,
-    unmerge_frames,
 )
 
 CFG = ViTConfig("frames", D=8, F=8, L=3, N=2, image=(16, 12), patch=4, cls=False)  # 4 x 3 rows a frame
@@ -102,6 +101,21 @@ def test_clusters_are_density_peaks():
     assert int(centre.sum()) == 4
 
 
+def test_peaks_at_any_scale_and_of_twins():
+    """Where exp(-d^2 / D) is 0 in float32 the ranks are still those of the formula; of twins the first is a centre; NaN is none."""
+    peaks = jax.jit(lambda x, there: density_peaks(x, there, 3, 3)[0])
+    x = np.random.default_rng(1).normal(size=(12, 8)).repeat(2, axis=0)[:23]
+    for scale in (1e-3, 1.0, 300.0):
+        known, _ = filming.peaks(list(np.float64(np.float32(scale * x))), 3)
+        got = peaks(jnp.asarray(scale * x, jnp.float32), jnp.ones(23, bool))
+        assert np.argsort(-got, stable=True).tolist() == np.argsort(-known, stable=True).tolist()
+        assert all(i % 2 == 0 for i in np.argsort(-got, stable=True)[:12])
+    spoiled = peaks(jnp.asarray(x, jnp.float32).at[4].set(jnp.nan), jnp.ones(23, bool))
+    absent = peaks(jnp.asarray(x, jnp.float32), jnp.arange(23) != 4)
+    assert spoiled[4] == -np.inf
+    np.testing.assert_allclose(spoiled, absent, atol=1e-5)
+
+
 @pytest.mark.parametrize("F", [1, 5, 8])
 def test_the_others_are_their_rules(F):
     x, seen = video(F)
@@ -124,15 +138,8 @@ def test_a_still_video_is_one_picture():
             np.testing.assert_allclose(row, x[f, p], atol=1e-5)
 
 
-def test_merged_frames_come_back():
-    """On-device Sora's merge and its way back: frames of a pair get its mean; of one frame nothing changes."""
+def test_equal_frames_are_at_most_equal():
     x, _ = video(5)
-    few = merge_frames(x)
-    assert few.shape == (3, P, CFG.D)
-    back = unmerge_frames(few, 5)
-    np.testing.assert_allclose(back[1], x[:2].mean(axis=0), atol=1e-5)
-    np.testing.assert_allclose(back[4], x[4], atol=1e-6)
-    np.testing.assert_allclose(unmerge_frames(merge_frames(x, 1), 5, 1), x, atol=1e-6)
     assert float(like_next(jnp.repeat(x[:1], 2, axis=0)).max()) <= 1
 
 

@@ -15,7 +15,7 @@ from tokeff.models.vit import Seen
 from tokeff.models.vit_config import ViTConfig
 from tokeff.reduce.visual import DivPrune, FasterVLM, HiPrune, spread
 from tokeff.reduce.visual_baselines import PooledPatches, RandomPatches
-from tokeff.reduce.visual_merge import PruMerge, VisionZip, outliers
+from tokeff.reduce.visual_merge import PruMerge, VisionZip
 
 CFG = ViTConfig("tower", D=16, F=8, L=3, N=2, image=(40, 56), patch=8)  # 5 x 7 patches
 B, P = 2, CFG.patches
@@ -127,11 +127,6 @@ def test_no_number_is_chosen_last(tower):
     for k in (6, P):
         for chosen in np.asarray(farthest(x[:, 1:].at[:, :2].set(jnp.nan), k)).tolist():
             assert len(set(chosen)) == k and (k == P or not {0, 1} & set(chosen))
-
-
-def test_outliers_are_counted_as_published(tower):
-    score = tower[1].cls_BNS[0].mean(axis=1)
-    assert outliers(score).tolist() == [visual.outliers(np.float64(row)) for row in score]
 
 
 def test_settings_that_cannot_work_are_refused():

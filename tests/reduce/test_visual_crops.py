@@ -1,5 +1,6 @@
 """Crops and frames in a prompt: what is left of them stands where it stood, and is read by the decoder under every other part."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pictures
@@ -11,10 +12,10 @@ from tokeff.generation import Setup, go, new_tokens, start
 from tokeff.kv import methods as kv
 from tokeff.models.flow import EMPTY
 from tokeff.models.llava import Pixels, direction, mixed, picture_rows, read
-from tokeff.models.llava_rows import canvas_of, reduced, standing
+from tokeff.models.llava_rows import canvas_of, reduced, settled, standing
 from tokeff.reduce.listing import find
 from tokeff.reduce.video import DyCoke, HoliTom
-from tokeff.reduce.visual import FasterVLM
+from tokeff.reduce.visual import FasterVLM, Reduced
 from tokeff.reduce.visual_baselines import PooledPatches, SmallerImage
 from tokeff.reduce.visual_crops import GlobalCom2, HiRED
 from tokeff.reduce.visual_diverse import CATP, ToDRE, VisPruner
@@ -95,15 +96,42 @@ def test_what_is_left_stands_where_it_stood(subtests):
 
 
 def test_pictures_of_other_sizes_compile_nothing():
-    """What does not look across crops is compiled for their number alone; GlobalCom2 once for each canvas."""
+    """What does not look across crops is compiled for their number alone, HiRED for how they lie, GlobalCom2 once for each canvas."""
     v, many = next_model(), reduced._cache_size
-    for method, more in ((ToDRE(5), 0), (GlobalCom2(0.3), 1)):
+    for method, more in ((ToDRE(5), 0), (GlobalCom2(0.3), 1), (HiRED(0.3), 0)):
         picture_rows(v, WIDE, method)
         before = many()
         picture_rows(v, crops(3, (24, 40), seed=5), method)
         assert many() == before
         picture_rows(v, crops(3, (24, 30)), method)
         assert many() == before + more
+
+
+def test_other_numbers_of_rows_compile_nothing():
+    """Of pictures of one size a method leaves 20 to 23 rows: what enters the decoder is made by the same programs."""
+    v, rng, compiled = next_model(), np.random.default_rng(0), []
+    stand = standing(v, WIDE, canvas_of(v, WIDE))
+    x = jnp.asarray(rng.normal(size=(3, P, tiny.CFG.D)), jnp.float32)
+    place = np.broadcast_to(np.arange(P), (3, P))
+
+    def listen(name, *_, **__):
+        if "backend_compile" in name:
+            compiled.append(name)
+
+    def entered(n):
+        real = np.zeros(3 * P, bool)
+        real[rng.choice(P, n, replace=False)] = True
+        rows = settled(Reduced(x, place, real.reshape(3, P)), stand, v.params.newline_D, HiRED())
+        _, _, length, embeds = mixed(v, [prompt(pictures.IMAGE)], [[rows]])
+        assert length.tolist() == [20 + n]
+        np.testing.assert_array_equal(np.asarray(embeds.x_BMD)[0, 4 : 4 + n], np.asarray(x)[0, rows.place_M])
+
+    entered(20)
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    for n in (21, 22, 23):
+        entered(n)
+    jax.monitoring.unregister_event_duration_listener(listen)
+    assert not compiled
 
 
 def test_budgets_of_crops():

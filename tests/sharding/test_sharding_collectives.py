@@ -1,10 +1,13 @@
 """What the compiled decode step of every listed method sends between devices, on data=2 x model=4."""
 
 import jax
+import jax.numpy as jnp
 import pytest
 import sharded
 
+from tokeff import sharding
 from tokeff.collectives import Collective, collectives
+from tokeff.decode.loop import run
 
 pytestmark = pytest.mark.core
 
@@ -71,6 +74,26 @@ def test_every_array_lies_where_its_name_says(name):
     _, s = sharded.sent(name)
     for x in cache_arrays(s):
         assert "data" in x.sharding.spec and (x.ndim == 3 or "model" in x.sharding.spec)
+
+
+PAGED = {"KIVI": ("code_BKPRZ", "zero_BKPRQ", "step_BKPRQ", "order_BKPR"), "Quest": ("low_BKPH", "high_BKPH")}
+
+
+@pytest.mark.parametrize("name", sharded.named(*PAGED))
+def test_no_page_is_sent_where_heads_do_not_divide(name):
+    """3 kv heads on model=2: pages are split in the place of heads, each device reads its own, and only what it made of them is sent."""
+    m, parts = sharded.placed(3, 2, 2), sharded.setup(name)
+    _, s = sharded.begun(m, name)
+    pages = [(path[-1].name, x) for path, x in jax.tree_util.tree_leaves_with_path(s.layers) if path[-1].name in PAGED[name]]
+    assert pages and all("model" in x.sharding.spec for _, x in pages)
+    with sharding.beside(m.params):
+        step = run.lower(m.params, m.cfg, s, jnp.int32(2), policy=parts.kv.onward(), drafter=parts.decode, how=parts.sampling, eos=())
+    found = collectives(step.compile().as_text())
+    shapes = {f"[{x.sharding.shard_shape(x.shape)[0]},{','.join(map(str, x.shape[1:]))}]" for _, x in pages}
+    assert not [c for c in found if any(shape in c.shape for shape in shapes)], found
+    smallest = min(x.addressable_shards[0].data.nbytes for kind, x in pages if kind in ("code_BKPRZ", "low_BKPH"))
+    _, others = split(found, s)
+    assert all(c.bytes <= smallest for c in others if c.kind == "all-gather"), others
 
 
 def test_counting():

@@ -66,7 +66,7 @@ def test_eviction_on_other_meshes(K, data, model):
     check_equal(K, EVICTING, sharded.placed(K, data, model))
 
 
-@pytest.mark.parametrize("name", sharded.named(EVICTING, CROSSING))
+@pytest.mark.parametrize("name", sharded.named(EVICTING, CROSSING, "KIVI", "Quest"))
 def test_heads_that_do_not_divide(name):
     """3 kv heads on model=2: heads are whole on every device, feed-forward and vocabulary are split."""
     m = sharded.placed(3, 2, 2)

@@ -6,9 +6,6 @@ turns, round after round, and ratios are medians of the ratios within a round.
 
 from __future__ import annotations
 
-import json
-import os
-import re
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from tqdm import tqdm
 
+from tokeff.bench.files import old, path_of, save
 from tokeff.cli import Parser
 from tokeff.errors import UserError
 from tokeff.models.load import Model, load
@@ -113,12 +111,6 @@ def weight_bytes(m: Model) -> int:
     return whole if m.params.head_VD is None else whole - m.params.embed_VD.nbytes
 
 
-def path_of(out: Path) -> Path:
-    """benchmarks/<device kind>.json."""
-    kind = re.sub(r"[^a-z0-9]+", "-", jax.devices()[0].device_kind.lower()).strip("-")
-    return out / f"{kind}.json"
-
-
 def check_out(out: Path) -> None:
     """Refuse a folder that cannot be written, before anything is measured."""
     try:
@@ -128,34 +120,6 @@ def check_out(out: Path) -> None:
     except OSError as error:
         raise UserError(f"cannot write to {out} ({error.strerror or 'not possible'}); choose another folder with --out") from error
     old(path_of(out))
-
-
-def old(path: Path) -> dict[str, Any]:
-    """What the file of this device holds so far."""
-    if not path.exists():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged; move it away and measure again") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{path} is not a file of benchmarks; choose another folder with --out")
-    return found
-
-
-def save(out: Path, name: str, rows: list[dict[str, Any]], args: Sequence[str]) -> Path:
-    """Put one benchmark's rows in the file of this device; what other benchmarks left there stays. The file appears whole."""
-    from tokeff.report.environment import describe
-
-    path = path_of(out)
-    whole = old(path) | {name: {"environment": describe(["bench", name, *args]), "rows": rows}}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(json.dumps(whole, indent=1, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
 
 
 def show(title: str, rows: list[dict[str, Any]], columns: Sequence[str] = ()) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 
 from tokeff.data.haystack import encoder
 from tokeff.data.tasks import Example
+from tokeff.errors import UserError
 from tokeff.generation import Setup, pad
 from tokeff.kv.bounded import prefill_bounded
 from tokeff.kv.evidence import Evidence
@@ -83,12 +84,15 @@ class Reader:
     """Prefills of one or several contexts of equal length, read as a batch and shared by every combination that can share them.
 
     All questions on a context are read beside each other too, as sequences of one batch: question i of text b is sequence
-    `b * questions + i`, so a pass reads the weights once for all of them. The texts have equally many.
+    `b * questions + i`, so a pass reads the weights once for all of them. The texts have equally many, or UserError is raised.
 
     evidence: gathered by every prefill that does not need others, so that policies which want different evidence share one.
     """
 
     def __init__(self, m: Model, *texts: Encoded, evidence: Sequence[Evidence] = ()):
+        if len({(len(text.questions), len(text.answers)) for text in texts}) > 1:
+            asked = ", ".join(str(len(text.questions)) for text in texts)
+            raise UserError(f"texts that are read as a batch have equally many questions, not {asked}; give each a Reader of its own")
         self.m, self.texts = m, texts
         self.evidence = tuple(kind for kind in evidence if type(kind).revisit is Evidence.revisit)
         self.seconds: dict[Any, float] = {}
@@ -174,8 +178,8 @@ class Reader:
         ends = [text.held_out for text in self.texts]
         held = self.forced(self.context(setup), setup, ends)
         return [
-            Quality(*np.reshape(found[b * n : (b + 1) * n], (n, 2)).T, _nll(logits, ids), logits)
-            for b, (logits, ids) in enumerate(zip(held, ends, strict=True))
+            Quality(pairs[:, 0], pairs[:, 1], _nll(logits, ids), logits)
+            for pairs, logits, ids in zip(np.reshape(found, (len(held), n, 2)), held, ends, strict=True)
         ]
 
     def quality(self, setup: Setup) -> Quality:
@@ -200,8 +204,9 @@ class Reader:
 
 
 def snug(ids: Sequence[Sequence[int]]) -> tuple[jax.Array, jax.Array]:
-    """(tokens_BT, length_B) of short rows, of which a batch has many: padded to a multiple of eight, not to a prompt's bucket."""
-    return pad(ids, -(-max(map(len, ids)) // 8) * 8)
+    """(tokens_BT, length_B) of short rows, of which a batch has many: padded to a multiple of eight, not to a prompt's bucket. Rows may all
+    be empty."""
+    return pad(ids, max(-(-max(map(len, ids)) // 8), 1) * 8)
 
 
 def of_sequences(prompt: Prompt, do: Callable[[jax.Array], jax.Array]) -> Prompt:

@@ -140,11 +140,13 @@ class Fold(Policy):
         return layer.replace(later=later, window=window, pages_B=layer.pages_B + n * full_B.astype(jnp.int32))
 
     def read_pages(self, q_BTNH, pages: Pages, ask: Flow, here: Here) -> tuple[jax.Array, jax.Array]:
-        """(out_BTNH, lse_BTN) over pages. Plain codes go to the kernel as they are; others are decoded, for this read only."""
+        """(out_BTNH, lse_BTN) over pages. Plain codes go to the kernel as they are, where keys and values have as many bits; others are
+        decoded, for this read only."""
         key, value = pages.key, pages.value
-        if isinstance(key, Quantised) and isinstance(value, Quantised):
+        if isinstance(key, Quantised) and isinstance(value, Quantised) and key.code_BKPRZ.shape == value.code_BKPRZ.shape:
             coded = (key.code_BKPRZ, key.zero_BKPRQ, key.step_BKPRQ, value.code_BKPRZ, value.zero_BKPRQ, value.step_BKPRQ)
             bounds, cfg = (here.lo(ask.order_BT), ask.hi_BT), here.cfg
+            q_BTNH = q_BTNH.astype(key.zero_BKPRQ.dtype)
             return quant_decode(q_BTNH, *coded, pages.order_BKPR, *bounds, scale=cfg.scale, softcap=cfg.softcap, finite=True)
         k, v = (coder.decode(code) for coder, code in ((self.key, key), (self.value, value)))
         B, K, P, R, H = k.shape

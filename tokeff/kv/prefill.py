@@ -22,7 +22,7 @@ from tokeff.kv.policy import Policy, Prefilled
 from tokeff.models.attention import flash
 from tokeff.models.config import Config, Params
 from tokeff.models.flow import EMPTY, Accepted, Flow, Here
-from tokeff.models.transformer import Pass, alike, embed, last_row, one_layer, orders, project, rms_norm, unembed
+from tokeff.models.transformer import Pass, acting, alike, embed, last_row, one_layer, orders, project, rms_norm, unembed
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def run_layers(params, cfg, flow, layers, *, policy, cut=None, upto: int | None 
     for i in range(cfg.L if upto is None else upto):
         here = Here(alike(policy, cut, cfg, i), cfg)
         flow, out[i], across = one_layer(
-            params.blocks[i], flow, layers[i], None, across, policy=policy, cut=cut, here=here
+            params.blocks[i], flow, layers[i], None, across, policy=policy, cut=acting(cut, cfg, i), here=here
         )
         if then is not None:
             out[i] = then(i, out[i])

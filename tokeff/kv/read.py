@@ -33,10 +33,10 @@ def read_store(
 def read_rows(q_BTNH: jax.Array, layer: Rows, ask: Flow, here: Here, pages: jax.Array | None = None, size: int = 1) -> jax.Array:
     """out_BTNH over the store (or over its pages of `size` slots named in pages_BKM) and, in a draft call, over the drafts."""
     draft = layer.draft
-    if ask.among_BTW is not None and draft is not None and pages is None and layer.bias_BKC is None and _alike(q_BTNH, layer.k_BKCH, draft):
+    if ask.among_BTW is not None and draft is not None and pages is None and layer.bias_BKC is None and _alike(layer.k_BKCH, draft):
         lo_BT = here.lo(ask.order_BT)
         return tree_attention(
-            q_BTNH, layer.k_BKCH, layer.v_BKCH, layer.order_BKC, lo_BT, ask.hi_BT,
+            q_BTNH.astype(layer.k_BKCH.dtype), layer.k_BKCH, layer.v_BKCH, layer.order_BKC, lo_BT, ask.hi_BT,
             draft.k_BKWH, draft.v_BKWH, among(ask, lo_BT, draft.order_BW),
             scale=here.cfg.scale, softcap=here.cfg.softcap, finite=True,
         )[0]  # fmt: skip
@@ -46,6 +46,6 @@ def read_rows(q_BTNH: jax.Array, layer: Rows, ask: Flow, here: Here, pages: jax.
     return out
 
 
-def _alike(q_BTNH: jax.Array, k_BKCH: jax.Array, draft: Draft) -> bool:
-    """Whether queries, cache and draft are of one dtype, as the kernel wants them."""
-    return q_BTNH.dtype == k_BKCH.dtype == draft.k_BKWH.dtype
+def _alike(k_BKCH: jax.Array, draft: Draft) -> bool:
+    """Whether cache and draft are of one dtype, as the kernel wants them."""
+    return k_BKCH.dtype == draft.k_BKWH.dtype

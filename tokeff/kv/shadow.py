@@ -159,8 +159,8 @@ class ShadowKV(Policy):
         order = jnp.where(jnp.repeat(value > NEG, R, axis=-1).reshape(order.shape), order, EMPTY)
         page, rope = jnp.where(value > NEG, page, EMPTY), cfg.rope_of(here.layer)
         score = lowrank_scores(
-            q_BTNH, layer.low_BSY, layer.basis_BYKH, jnp.maximum(layer.order_BS, 0), page, jnp.asarray(frequencies(rope, H)),
-            gain=rope.attention_factor, page_size=R, scale=cfg.scale,
+            q_BTNH.astype(layer.low_BSY.dtype), layer.low_BSY, layer.basis_BYKH, jnp.maximum(layer.order_BS, 0), page,
+            jnp.asarray(frequencies(rope, H)), gain=rope.attention_factor, page_size=R, scale=cfg.scale,
         )  # fmt: skip
         score = cfg.softcap * jnp.tanh(score / cfg.softcap) if cfg.softcap else score
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from tokeff.decode.sample import GREEDY, Sampling
 from tokeff.errors import UserError
-from tokeff.generation import Generation, Setup, bucket, encode, finished, go, pad, start
+from tokeff.generation import Generation, Setup, bucket, check_new, encode, finished, go, pad, start
 from tokeff.kv.prefill import Embeds, Prompt, check_embeds, prefill
 from tokeff.models.flow import EMPTY
 from tokeff.models.llava_rows import Llava, LlavaConfig, LlavaParams, Pixels, Rows, picture_rows, prepare, see
@@ -49,7 +49,7 @@ def spelled(v: Llava, ids: Sequence[int], seen: Sequence[Rows], kept: bool) -> t
             text.append(token)
             continue
         one = left.pop(0)
-        many = one.whole if kept else len(one.x_MD)
+        many = one.whole if kept else len(one.place_M)
         at = np.asarray(one.place_M) if kept else np.arange(many)
         pictured += range(len(place), len(place) + len(at))
         place += (len(text) + at).tolist()
@@ -58,10 +58,22 @@ def spelled(v: Llava, ids: Sequence[int], seen: Sequence[Rows], kept: bool) -> t
 
 
 @partial(jax.jit, static_argnames="cfg")
-def _mixed(params, ids_BM, row_R, at_R, x_RD, *, cfg):
-    """x_BMD: the tokens' embeddings, with x_RD in the place of row `at` of sequence `row`."""
+def _mixed(params, ids_BM, row_R, at_R, pictures, *, cfg):
+    """x_BMD: the tokens' embeddings, with the rows x_SD of all pictures in the place of row `at` of sequence `row`, if there is one."""
     x = embed(params, cfg, ids_BM, jnp.zeros_like(ids_BM)).x_BTD
-    return x.at[row_R, at_R].set(x_RD.astype(x.dtype))
+    return x.at[row_R, at_R].set(jnp.concatenate(pictures).astype(x.dtype), mode="drop") if pictures else x
+
+
+def entering(pictured: Sequence[Sequence[int]], seen: Sequence[Sequence[Rows]]) -> tuple[np.ndarray, np.ndarray]:
+    """(row_R, at_R) of the rows of all pictures, padding included, which goes to a sequence past the last. pictured: of each sequence."""
+    row, at = [np.zeros(0, np.int32)], [np.zeros(0, np.int32)]
+    for b, (left, pictures) in enumerate(zip(pictured, seen, strict=True)):
+        for one in pictures:
+            n, spare = len(one.place_M), len(one.x_SD) - len(one.place_M)
+            row.append(np.repeat(np.array([b, len(seen)], np.int32), (n, spare)))
+            at.append(np.pad(np.asarray(left[:n], np.int32), (0, spare)))
+            left = left[n:]
+    return np.concatenate(row), np.concatenate(at)
 
 
 def mixed(v: Llava, ids: Sequence[Sequence[int]], seen: Sequence[Sequence[Rows]], positions: str = "renumbered"):
@@ -74,12 +86,14 @@ def mixed(v: Llava, ids: Sequence[Sequence[int]], seen: Sequence[Sequence[Rows]]
     place, read = np.full((len(made), M), EMPTY, np.int32), np.zeros((len(made), M), np.int32)
     for b, (text, at, _) in enumerate(made):
         place[b, : len(at)], read[b, : len(at)] = at, np.asarray(text)[at]
-    row = np.concatenate([np.full(len(of), b, np.int32) for b, (_, _, of) in enumerate(made)])
-    at = np.concatenate([np.asarray(of, np.int32) for _, _, of in made])
-    found = [one.x_MD for pictures in seen for one in pictures]
-    vectors = jnp.concatenate(found) if found else jnp.zeros((0, v.text.cfg.D))
-    x = _mixed(v.text.params, read, row, at, vectors, cfg=v.text.cfg)
+    found = tuple(one.x_SD for pictures in seen for one in pictures)
+    x = _mixed(v.text.params, read, *entering([of for _, _, of in made], seen), found, cfg=v.text.cfg)
     return [text for text, _, _ in made], tokens, length, Embeds(x, jnp.asarray(place) if kept else None)
+
+
+def places(embeds: Embeds, texts: Sequence[Sequence[int]]) -> list[Sequence[int]]:
+    """Of each prompt where in its text the rows stand that enter; EMPTY for padding."""
+    return [range(len(text)) for text in texts] if embeds.place_BM is None else np.asarray(embeds.place_BM).tolist()
 
 
 @partial(jax.jit, static_argnames="cfg")
@@ -98,12 +112,17 @@ def direction(v: Llava, ids: Sequence[int]) -> jax.Array:
 
 
 def check(v: Llava, setup: Setup, reduce: Picked | None, positions: str) -> None:
-    """UserError for parts that do not fit each other, before anything is computed."""
+    """UserError for parts that do not fit each other or the model, before anything is computed."""
+    setup.check_kinds()
+    if setup.cut is not None:
+        setup.cut.check_layers(v.text.cfg)
     if positions not in POSITIONS:
         raise UserError(f"positions {positions!r} are not known; give one of {', '.join(POSITIONS)}")
     if setup.bounded is not None:
         raise UserError("bounded reads tokens piece by piece, which pictures have none of; leave it out")
     if reduce is not None:
+        if not isinstance(reduce, Picked):
+            raise UserError(f"reduce={reduce!r} reduces no picture; give for example reduce=tokeff.reduce.FasterVLM(64)")
         if not isinstance(reduce, Filmed):  # what compares frames is checked against these
             reduce.check(v.cfg.tower)
         if positions == "kept" and not reduce.placed:
@@ -124,19 +143,21 @@ def read(
 ) -> Prompt:
     """Prefill prompts that hold one image token for each of their pictures. Raises UserError for parts that do not fit."""
     check(v, setup, reduce, positions)
+    check_new(new)
     about = [direction(v, row) if isinstance(reduce, Told) else None for row in ids]
     pixels = [[p if isinstance(p, Pixels) else prepare(v, p) for p in some] for some in pictures]
     seen = [[picture_rows(v, p, reduce, about_D) for p in some] for some, about_D in zip(pixels, about, strict=True)]
     texts, tokens, length, embeds = mixed(v, ids, seen, positions)
     if setup.cut is not None:
         marks = tuple(t for t in (v.cfg.image, v.cfg.video) if t is not None)
-        setup = replace(setup, cut=setup.cut.seeing(marks, texts))
+        there = [[text[at] for at in place if at != EMPTY] for text, place in zip(texts, places(embeds, texts), strict=True)]
+        setup = replace(setup, cut=setup.cut.seeing(marks, there))
     setup.check(v.text, [len(text) for text in texts], new)
-    given = follow(v.text.params, {"tokens_BT": tokens, "length_B": length})
+    given = follow(v.text.params, {"tokens_BT": tokens, "length_B": length, "embeds": embeds})
     with beside(v.text.params):
         return prefill(
             v.text.params, v.text.cfg, given["tokens_BT"], given["length_B"], evidence=setup.kv.needs(), cut=setup.cut,
-            chunk=chunk, dtype=v.text.precision.cache, pattern=setup.prefill, embeds=embeds,
+            chunk=chunk, dtype=v.text.precision.cache, pattern=setup.prefill, embeds=given["embeds"],
         )  # fmt: skip
 
 
@@ -162,7 +183,12 @@ def generate(
     ids, eos = encode(v.text, prompts), v.text.cfg.eos if stop else ()
     if len(pictures) != len(ids):
         raise UserError(f"there are {len(ids)} prompts and {len(pictures)} lists of pictures; give one list for each prompt")
-    setup = replace(setup or Setup(), sampling=sampling).fit(v.text)
+    if setup is not None and not isinstance(setup, Setup):
+        raise UserError(f"setup={setup!r} is no Setup; give for example setup=tokeff.generation.Setup(tokeff.kv.snapkv(0.1))")
+    setup = replace(setup or Setup(), sampling=sampling)
+    check_new(max_new)
+    check(v, setup, reduce, positions)
+    setup = setup.fit(v.text)
     prompt = read(v, ids, pictures, setup, max_new, reduce=reduce, positions=positions)
     s = start(v.text, prompt, setup, max_new, seed, eos)
     return finished(v.text, go(v.text, s, setup, max_new, eos))

@@ -16,6 +16,7 @@ import numpy as np
 from flax import struct
 
 from tokeff.errors import UserError
+from tokeff.generation import bucket
 from tokeff.models.anyres import Canvas, Size, best_size, crops, film, halved, laid, lay_out, places, pooled, shrinks
 from tokeff.models.flow import EMPTY
 from tokeff.models.load import Model
@@ -64,11 +65,19 @@ class Llava:
 
 
 class Rows(struct.PyTreeNode):
-    """A picture as the decoder gets it: M rows, each at one of the places 0, 1, ... of the whole picture's rows (EMPTY: at none)."""
+    """A picture as the decoder gets it: M rows, each at one of the places 0, 1, ... of the whole picture's rows (EMPTY: at none).
 
-    x_MD: jax.Array
-    place_M: jax.Array
+    x_SD: these rows, and padding behind them, so that pictures of which other numbers of rows are left share compiled code.
+    """
+
+    x_SD: jax.Array
+    place_M: np.ndarray
     whole: int = struct.field(pytree_node=False)
+
+    @property
+    def x_MD(self) -> jax.Array:
+        """The rows without padding."""
+        return self.x_SD[: len(self.place_M)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,7 +145,8 @@ def see(
         x = project(v.params, x)
     if video:
         x, seen, tower = _pooled(x, cfg=tower), _pooled(seen.replace(pixels_BYXC=None), cfg=tower), frame(tower)
-    laid_out = canvas if isinstance(reduce, Cropped) else None  # pictures of other sizes share the programs of all other methods
+    # Pictures of other sizes share the programs of all other methods.
+    laid_out = reduce.stand_in(canvas, tower) if canvas is not None and isinstance(reduce, Cropped) else None
     left = reduced(x, seen, about_D, reduce=reduce, cfg=tower, canvas=laid_out)
     return left if behind else left.replace(x_BMD=project(v.params, left.x_BMD))
 
@@ -200,7 +210,7 @@ def settled(left: Reduced, stand: Standing, newline_D: jax.Array | None, reduce:
     Rows at places stand in the order of these; those at patches that are cut off with the bars beside a picture are gone. Where rows have
     no places all stand, crop by crop in their own order, and of the newlines the last is left.
     """
-    B, M, D = left.x_BMD.shape
+    B, M, _ = left.x_BMD.shape
     at = np.asarray(left.place_BM)
     place = np.where(at == EMPTY, EMPTY, np.take_along_axis(stand.place_BP, np.maximum(at, 0), axis=1))
     real = np.ones((B, M), bool) if left.real_BM is None else np.asarray(left.real_BM)
@@ -215,10 +225,18 @@ def settled(left: Reduced, stand: Standing, newline_D: jax.Array | None, reduce:
     ends = lines[:, 1] if reduce.placed else lines[-1:, 1]
     row, found = np.concatenate([row, np.full(len(ends), B * M)]), np.concatenate([found, ends])
     order = np.argsort(found, kind="stable") if reduce.placed else np.arange(len(found))
-    table = left.x_BMD.reshape(B * M, D)
-    if len(ends) and newline_D is not None:
+    index_S = np.full(bucket(max(len(order), 1)), B * M + 1, np.int32)
+    index_S[: len(order)] = row[order]
+    return Rows(_taken(left.x_BMD, newline_D, index_S), found[order].astype(np.int32), stand.whole)
+
+
+@jax.jit
+def _taken(x_BMD: jax.Array, newline_D: jax.Array | None, index_S: jax.Array) -> jax.Array:
+    """x_SD of chosen rows, of which the one behind the last is the newline, and zeros at the numbers past that."""
+    table = x_BMD.reshape(-1, x_BMD.shape[2])
+    if newline_D is not None:
         table = jnp.concatenate([table, newline_D[None].astype(table.dtype)])
-    return Rows(table[row[order]], jnp.asarray(found[order], jnp.int32), stand.whole)
+    return table.at[index_S].get(mode="fill", fill_value=0)
 
 
 def canvas_of(v: Llava, pixels: Pixels) -> Canvas | None:
@@ -267,4 +285,4 @@ def picture_rows(v: Llava, pixels: Pixels, reduce: Picked | None = None, about_D
         rows = jnp.concatenate([x[0], newline[None].astype(x.dtype)])
     else:
         rows = lay_out(x, canvas, newline, cfg.most)
-    return Rows(rows, jnp.arange(len(rows)), len(rows))
+    return Rows(rows, np.arange(len(rows), dtype=np.int32), len(rows))

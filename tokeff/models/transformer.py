@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Protocol, Self
 import jax
 import jax.numpy as jnp
 
+from tokeff.errors import UserError
 from tokeff.models.attention import wide
 from tokeff.models.config import Block, Config, Params
 from tokeff.models.flow import EMPTY, Accepted, Flow, Here
@@ -59,6 +60,11 @@ class Pass:
         """Where it chooses, ascending."""
         raise NotImplementedError
 
+    def check_layers(self, cfg: Config) -> None:
+        """Raise UserError when it chooses where the model has no layer: what can be said before there is a prompt."""
+        if not all(0 <= layer < cfg.L for layer in self.layers(cfg)):
+            raise UserError(f"{type(self).__name__} cannot choose at layers {self.layers(cfg)}; give 0 to {cfg.L - 1}")
+
     def check(self, cfg: Config, length: int) -> None:
         """Raise UserError when it cannot work on this model and prompt length."""
 
@@ -67,7 +73,8 @@ class Pass:
         raise NotImplementedError
 
     def role(self, layer: int, cfg: Config) -> Any:
-        """Tells layers apart in which it does different things; the others share compiled code."""
+        """Tells layers apart in which it does different things. None: it does nothing there and is not asked, so that such layers share
+        compiled code with a prefill that has no pass."""
         return layer if layer in self.layers(cfg) else None
 
     def seeing(self, tokens: tuple[int, ...], texts: Sequence[Sequence[int]]) -> Self:
@@ -83,7 +90,7 @@ class Pass:
         return flow.take(index_BM)
 
     def note(self, q_BTNH: jax.Array, k_BTKH: jax.Array, flow: Flow, here: Here) -> Flow:
-        """Asked in every layer before the rows attend: the flow with what it wants to know of them later."""
+        """Asked in every layer that has a role before the rows attend: the flow with what it wants to know of them later."""
         return flow
 
     def added(self, y_BTD: jax.Array, out_BTD: jax.Array, flow: Flow, here: Here) -> Flow:
@@ -216,6 +223,11 @@ def one_layer(w, flow, layer, accepted, across, *, policy, cut, here, halves=(Tr
     return block(w, flow, layer, accepted, across, policy=policy, cut=cut, here=here, halves=halves)
 
 
+def acting(cut: Pass | None, cfg: Config, layer: int) -> Pass | None:
+    """The pass where it does anything in this layer."""
+    return None if cut is None or cut.role(layer, cfg) is None else cut
+
+
 def alike(policy: Attends, cut: Pass | None, cfg: Config, layer: int) -> int:
     """The first layer that is the same program: same window and rope, same role in the policy and in the pass."""
 
@@ -275,7 +287,7 @@ def stack(
         pending = done if i in moved else accepted
         here, halves = Here(alike(policy, cut, cfg, i), cfg), (i not in skip[0], i not in skip[1])
         flow, out[i], across = one_layer(
-            params.blocks[i], flow, layers[i], pending, across, policy=policy, cut=cut, here=here, halves=halves
+            params.blocks[i], flow, layers[i], pending, across, policy=policy, cut=acting(cut, cfg, i), here=here, halves=halves
         )
         if i in taps:
             tapped[i] = flow.x_BTD

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tokeff.errors import UserError
 from tokeff.kv.budget import Budget
 from tokeff.reduce.cascade import Depth, LastRowCascade, MassCascade
 from tokeff.reduce.maps import DualFilter, PageRanked
@@ -28,12 +29,12 @@ def truncated(budget: Budget = 0.125) -> LastRows:
 def lazyllm(budget: Budget = 0.125, at: tuple[Depth, ...] = (0.3, 0.6, 0.9)) -> LastRowCascade:
     """LazyLLM (Fu et al. 2024), of the prompt: prune by the last row's attention, again and again on the way up. Pruned tokens do not come
     back while decoding, as they do in the paper."""
-    return LastRowCascade(at, shrinking(budget, len(at)))
+    return LastRowCascade(at, shrinking(budget, at))
 
 
 def spatten(budget: Budget = 0.125, at: tuple[Depth, ...] = (0.2, 0.4, 0.6, 0.8)) -> MassCascade:
     """SpAtten's cascade token pruning (Wang et al. 2021): prune by the attention that rows drew in all layers so far."""
-    return MassCascade(at, shrinking(budget, len(at)))
+    return MassCascade(at, shrinking(budget, at))
 
 
 def fastv(budget: Budget = 0.5, layer: int = 2) -> FastV:
@@ -43,7 +44,7 @@ def fastv(budget: Budget = 0.5, layer: int = 2) -> FastV:
 
 def pyramiddrop(share: float = 0.5, at: tuple[Depth, ...] = (0.25, 0.5, 0.75), renumber: bool = True) -> PyramidDrop:
     """PyramidDrop (Xing et al. 2024): a share of a picture's rows is left at each stage."""
-    return PyramidDrop(at, tuple(share ** (i + 1) for i in range(len(at))), renumber=renumber)
+    return PyramidDrop(at, tuple(share ** (i + 1) for i in range(stages(at))), renumber=renumber)
 
 
 def sparsevlm(
@@ -65,16 +66,20 @@ def transprune(
     return TransPrune(at, keep, renumber=renumber)
 
 
-def aim(first: Depth = 0.5, layers: int = 8) -> PageRanked:
+def aim_decoder(first: Depth = 0.5, layers: int = 8) -> PageRanked:
     """AIM (Zhong et al. 2024), inside the decoder: from one layer on an equal part of a picture's rows goes in each, by page rank."""
     return PageRanked((first,), (*(1 - (i + 1) / layers for i in range(layers - 1)), 0))
 
 
-def mustdrop(
+def mustdrop_decoder(
     total: float = 0.001, single: float = 0.001, at: tuple[Depth, ...] = (2 / 32, 6 / 32, 10 / 32, 14 / 32), most: Budget = 1.0
 ) -> DualFilter:
-    """MustDrop (Liu et al. 2024), inside the decoder: rows of a picture stay that the instruction looks at; at most so many."""
-    return DualFilter(at, (most,) * len(at), total=total, single=single)
+    """MustDrop (Liu et al. 2024), inside the decoder: rows of a picture stay that the instruction looks at.
+
+    How many is the picture's own, so at the defaults rows are masked and nothing is saved: arrays keep their size. `most` bounds their
+    number, and with it the work.
+    """
+    return DualFilter(at, (most,) * stages(at), total=total, single=single)
 
 
 def resting(every: int = 2, halves: tuple[bool, bool] = (False, True), first: Depth = 1, end: Depth = 1.0) -> Resting:
@@ -82,6 +87,14 @@ def resting(every: int = 2, halves: tuple[bool, bool] = (False, True), first: De
     return Resting(every=every, halves=halves, first=first, end=end)
 
 
-def shrinking(budget: Budget, stages: int) -> tuple[Budget, ...]:
-    """Budgets of so many stages that end in `budget`: the same share of what is left at each; a number of rows is reached at the first."""
-    return tuple(budget ** ((i + 1) / stages) if isinstance(budget, float) else budget for i in range(stages - 1)) + (budget,)
+def stages(at: tuple[Depth, ...]) -> int:
+    """How many there are. Raises UserError for one layer in the place of a tuple of them."""
+    if not isinstance(at, tuple):
+        raise UserError(f"at={at!r} is no tuple of layers; give for example at=({at!r},)")
+    return len(at)
+
+
+def shrinking(budget: Budget, at: tuple[Depth, ...]) -> tuple[Budget, ...]:
+    """Budgets of these stages that end in `budget`: the same share of what is left at each; a number of rows is reached at the first."""
+    n = stages(at)
+    return tuple(budget ** ((i + 1) / n) if isinstance(budget, float) else budget for i in range(n - 1)) + (budget,)

@@ -17,26 +17,38 @@ import jax.numpy as jnp
 
 from tokeff.errors import UserError
 from tokeff.kv.budget import Budget, check_budget, most_rows, rows_of
-from tokeff.models.attention import NEG
 from tokeff.models.flow import EMPTY, Flow, Here
-from tokeff.reduce.cascade import Cascade, Depth, best_rows, layer_at, looked_at
+from tokeff.reduce.cascade import Cascade, Depth, best_rows, last_of, layer_at, looked_at, sound
 
-STEP = 16  # rows; the static numbers of rows are whole steps, so that prompts of similar length share compiled code
+
+def whole_steps(n: int) -> int:
+    """A number of picture rows rounded down, so that pictures of similar size share compiled code."""
+    return n - n % (16 if n < 256 else 64 if n < 1024 else 256)
 
 
 @dataclass(frozen=True)
 class PictureCascade(Cascade):
-    """Base class. pictures: the tokens of picture rows. fewest: how many rows, at most, each stage leaves of any prompt of the batch; () as
-    many as there are. Both are filled in by `seeing`.
+    """Base class. Filled in by `seeing`, and static: pictures, the tokens of picture rows; gone, how many rows of any prompt of the batch
+    have left after each stage, at least; behind, how many rows of text stand behind the first picture, at most. () and 0: not known.
+
+    Static numbers come from pictures' rows, not from the prompt's length, so prompts of one bucket with pictures of one size share
+    compiled code.
     """
 
     pictures: tuple[int, ...] = ()
-    fewest: tuple[int, ...] = ()
+    gone: tuple[int, ...] = ()
+    behind: int = 0
 
     def seeing(self, tokens: tuple[int, ...], texts: Sequence[Sequence[int]]) -> Self:
-        many = [(len(text), sum(t in tokens for t in text)) for text in texts]
-        left = (max(rows - seen + self.left(stage, seen) for rows, seen in many) for stage in range(len(self.keep)))
-        return replace(self, pictures=tokens, fewest=tuple(-(-n // STEP) * STEP for n in left))
+        marked = [[t in tokens for t in text[:-1]] for text in texts]  # the last row goes on whatever it is
+        seen = whole_steps(min(map(sum, marked)))
+        behind = max(len(row) + 1 - row.index(True) - sum(row) if any(row) else 1 for row in marked)
+        gone = tuple(seen - self.left(stage, seen) for stage in range(self.stages))
+        return replace(self, pictures=tokens, gone=gone, behind=max(16, 1 << (behind - 1).bit_length()))
+
+    @property
+    def stages(self) -> int:
+        return len(self.keep)
 
     def left(self, stage: int, seen: int) -> int:
         """How many rows a stage leaves of so many picture rows."""
@@ -55,15 +67,16 @@ class PictureCascade(Cascade):
             )
 
     def rows(self, length: int) -> int:
-        return min(length, self.fewest[-1]) if self.fewest else length
+        return max(length - self.gone[-1], 1) if self.gone else length
 
     def most(self, stage: int, T: int) -> int:
-        return min(self.fewest[stage], T) if self.fewest else T
+        return max(T - self.gone[stage] + (self.gone[stage - 1] if stage else 0), 1) if self.gone else T
 
     def pictured(self, flow: Flow) -> jax.Array:
-        """Which rows are of pictures."""
+        """Which rows are of pictures and may go: not the prompt's last row, whose logits come next."""
         assert flow.id_BT is not None
-        return jnp.isin(flow.id_BT, jnp.asarray(self.pictures, jnp.int32)) & (flow.order_BT != EMPTY)
+        of = jnp.isin(flow.id_BT, jnp.asarray(self.pictures, jnp.int32))
+        return of & (flow.order_BT != EMPTY) & ~last_of(flow.order_BT)
 
     def sure(self, flow, here):
         return ~self.pictured(flow)
@@ -77,7 +90,7 @@ class PictureCascade(Cascade):
     def choose(self, q_BTNH, k_BTKH, flow, here):
         real = flow.order_BT != EMPTY
         text_B = (real & ~self.pictured(flow)).sum(axis=1)
-        score = self.score(q_BTNH, k_BTKH, flow, here)
+        score = self.ranked(q_BTNH, k_BTKH, flow, here)
         return best_rows(score, self.sure(flow, here), real, text_B + self.kept(flow, here), self.most(self.stage(here), real.shape[1]))
 
     def take(self, flow, index_BM, here):
@@ -85,7 +98,7 @@ class PictureCascade(Cascade):
         return super().take(flow.replace(whole_B=whole_B), index_BM, here)
 
     def asking(self, flow: Flow) -> jax.Array:
-        """Which rows are text behind the last picture: the instruction."""
+        """Which rows are text behind the last picture: the instruction. Where there is none, the prompt's last row."""
         seen = self.pictured(flow)
         end_B1 = jnp.where(seen, flow.order_BT, EMPTY).max(axis=1, keepdims=True)
         return (flow.order_BT > end_B1) & ~seen
@@ -167,12 +180,15 @@ class TransPrune(Renumbered):
         stages = self.layers(here.cfg)
         if not stages[0] - 1 <= here.layer < stages[-1]:
             return flow
-        change = transition(y_BTD, out_BTD, flow.order_BT != EMPTY)
+        good, y, out = sound(flow, y_BTD, out_BTD)
+        real = good.order_BT != EMPTY
+        change = jnp.where(real, transition(y, out, real), jnp.nan)
         return flow.replace(score_BT=change if flow.score_BT is None else flow.score_BT + change)
 
     def score(self, q_BTNH, k_BTKH, flow, here):
         seen, asks = self.pictured(flow), self.asking(flow)
-        looked = looked_at(q_BTNH, k_BTKH, flow, here, asks / jnp.maximum(asks.sum(axis=1, keepdims=True), 1))
+        weight = asks / jnp.maximum(asks.sum(axis=1, keepdims=True), 1)
+        looked = looked_at(q_BTNH, k_BTKH, flow, here, weight, last=self.behind or None)
         parts = (looked,) if flow.score_BT is None else (looked, flow.score_BT)
         return sum(part / (jnp.where(seen, part, 0).sum(axis=1, keepdims=True) + 1e-8) for part in parts)  # type: ignore[return-value]
 
@@ -201,6 +217,9 @@ class DART(PictureCascade):
     pivots: int = 4
     writes: ClassVar[bool] = False
 
+    def looks(self, cfg) -> tuple[int, ...]:
+        return ()
+
     def role(self, layer: int, cfg):
         stages = self.layers(cfg)
         return layer if layer in stages else "measures" if layer + 1 in stages else None
@@ -217,12 +236,14 @@ class DART(PictureCascade):
         return flow.replace(score_BT=jnp.abs(k).sum(axis=(2, 3)))
 
     def choose(self, q_BTNH, k_BTKH, flow, here):
-        real, seen, keep_B = flow.order_BT != EMPTY, self.pictured(flow), self.kept(flow, here)
-        assert flow.score_BT is not None
+        real, keep_B, (good,) = flow.order_BT != EMPTY, self.kept(flow, here), sound(flow)
+        assert good.score_BT is not None
+        seen = self.pictured(good)
         unlike = partial(least_alike, pivots=min(self.pivots, real.shape[1]))
-        taken = jax.vmap(unlike)(flow.x_BTD, flow.score_BT, seen, real & ~seen, keep_B)
-        text = real & ~seen
-        return best_rows(flow.score_BT, text | taken, real, text.sum(axis=1) + keep_B, self.most(self.stage(here), real.shape[1]))
+        taken = jax.vmap(unlike)(good.x_BTD, good.score_BT, seen, (good.order_BT != EMPTY) & ~seen, keep_B)
+        text = real & ~self.pictured(flow)
+        score = jnp.where(good.order_BT == EMPTY, jnp.nan, good.score_BT)
+        return best_rows(score, text | taken, real, text.sum(axis=1) + keep_B, self.most(self.stage(here), real.shape[1]))
 
 
 def least_alike(x_TD: jax.Array, long_T: jax.Array, seen_T: jax.Array, text_T: jax.Array, keep: jax.Array, *, pivots: int) -> jax.Array:
@@ -231,7 +252,7 @@ def least_alike(x_TD: jax.Array, long_T: jax.Array, seen_T: jax.Array, text_T: j
     unit = x / jnp.maximum(jnp.sqrt(jnp.square(x).sum(axis=1, keepdims=True)), 1e-12)
     found = []
     for among in (seen_T, text_T):
-        value, index = jax.lax.top_k(jnp.where(among, jnp.nan_to_num(long_T, nan=NEG), -jnp.inf), pivots)
+        value, index = jax.lax.top_k(jnp.where(among, long_T, -jnp.inf), pivots)
         found.append((index, value > -jnp.inf))
     (index, there), (others, these) = found
     there = there & (jnp.arange(pivots) < keep)
@@ -273,9 +294,15 @@ class Resting(PictureCascade):
     def role(self, layer: int, cfg):
         return "rests" if layer in self.resting(cfg) else None
 
-    def seeing(self, tokens, texts):
-        text = max(sum(t not in tokens for t in row) for row in texts)
-        return replace(self, pictures=tokens, fewest=(-(-text // STEP) * STEP,))
+    @property
+    def stages(self) -> int:
+        return 1
+
+    def left(self, stage: int, seen: int) -> int:
+        return 0
+
+    def check_layers(self, cfg) -> None:
+        pass
 
     def check(self, cfg, length: int) -> None:
         if not self.pictures:

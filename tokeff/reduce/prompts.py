@@ -72,10 +72,14 @@ def selective_context(
     if not 0 < share <= 1:
         raise UserError(f"share {share} of a prompt cannot be kept; give a fraction in (0, 1]")
     said = information(m, ids) if nats is None else np.asarray(nats, np.float64)
+    if said.shape != (len(ids),) or np.isnan(said).any():
+        raise UserError(f"nats must be a number for each of {len(ids)} tokens; give what information(m, ids) returns")
+    if units is not None and len(units) != len(ids):
+        raise UserError(f"there are {len(units)} units for {len(ids)} tokens; give one for each")
     said = np.where(np.isinf(said), np.max(said, initial=0.0, where=np.isfinite(said)), said)
     said = said if units is None else mean_of(said, units)
     keep = said >= np.quantile(said, 1 - share)
-    keep[len(ids) - last :] = True
+    keep[max(len(ids) - last, 0) :] = True
     return [t for t, stays in zip(ids, keep, strict=True) if stays]
 
 
@@ -142,6 +146,10 @@ def merged_words(m: Model, ids: Sequence[Sequence[int]], units: Sequence[Sequenc
 
 def mean_rows(x_BTD: jax.Array, row_BT: jax.Array, M: int) -> jax.Array:
     """x_BMD: the mean of the rows that go to each of M rows; row EMPTY goes nowhere, and a row that gets nothing is 0."""
-    goes = jax.nn.one_hot(row_BT, M, dtype=jnp.float32)
-    total = jnp.einsum("btm,btd->bmd", goes, x_BTD.astype(jnp.float32), precision="highest")
-    return (total / jnp.maximum(goes.sum(axis=1), 1)[..., None]).astype(x_BTD.dtype)
+
+    def mean(x_TD, row_T):
+        at = jnp.where(row_T == EMPTY, M, row_T)  # out of range is dropped
+        total, count = (jax.ops.segment_sum(a, at, M) for a in (x_TD.astype(jnp.float32), jnp.ones(at.shape, jnp.float32)))
+        return total / jnp.maximum(count, 1)[:, None]
+
+    return jax.vmap(mean)(x_BTD, row_BT).astype(x_BTD.dtype)

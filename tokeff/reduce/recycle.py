@@ -13,8 +13,11 @@ from tokeff.errors import UserError
 from tokeff.kv.budget import Budget
 from tokeff.models.attention import NEG
 from tokeff.models.flow import EMPTY, Flow, Here
-from tokeff.reduce.cascade import Depth, best_rows, looked_at
+from tokeff.reduce.cascade import Depth, best_rows, looked_at, sound
+from tokeff.reduce.peaks import density_peaks
 from tokeff.reduce.pictures import Renumbered
+
+BLOCK = 128  # rows of a picture whose match with the text is held at a time
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,8 @@ class SparseVLM(Renumbered):
     """SparseVLM (Zhang et al. 2024), as in version 1.5 of its code: picture rows rated by some rows of the question, after several layers;
     positions renumbered.
 
-    Raters (sec. 3.2) are the rows behind the last picture that match it above average as they enter the network: `raters`. A picture row's
+    Raters (sec. 3.2) are the rows behind the last picture that match it above average as they enter the network: `raters`; all of them
+    where none is above, as where there is but one. A picture row's
     score is their attention in the layer below a stage, the mean over heads and raters. Recycling (sec. 3.4): of the rows that are
     dropped, the best `recycle` and one more fall into clusters, a tenth of them and one more (`density_peaks`); the mean of each goes on.
     It stands at the place of its centre; the released code puts clusters behind the picture. Stages are named by the layer that dropped
@@ -33,12 +37,18 @@ class SparseVLM(Renumbered):
     keep: tuple[Budget, ...] = (0.52, 0.347, 0.19)
     recycle: float = 0.3
 
-    def check(self, cfg, length: int) -> None:
-        super().check(cfg, length)
+    def check_layers(self, cfg) -> None:
+        super().check_layers(cfg)
         if self.layers(cfg)[0] < 1:
             raise UserError("SparseVLM rates rows in the layer below a stage; give stages from layer 1 on")
+
+    def check(self, cfg, length: int) -> None:
+        super().check(cfg, length)
         if not 0 <= self.recycle <= 1:
             raise UserError(f"recycle {self.recycle} of the dropped rows is no share; give a fraction from 0 to 1")
+
+    def looks(self, cfg) -> tuple[int, ...]:
+        return tuple(layer - 1 for layer in self.layers(cfg))
 
     def role(self, layer: int, cfg):
         stages = self.layers(cfg)
@@ -55,19 +65,26 @@ class SparseVLM(Renumbered):
         return rows, (rows // 10 + 1) * (rows > 0)
 
     def note(self, q_BTNH, k_BTKH, flow, here):
-        seen = self.pictured(flow)
-        if here.layer == 0:
-            flow = flow.replace(score_BT=raters(flow.x_BTD, seen, self.asking(flow)).astype(jnp.float32))
-        if here.layer + 1 not in self.layers(here.cfg):
+        below = here.layer + 1 in self.layers(here.cfg)
+        if here.layer != 0 and not below:
             return flow
-        assert flow.score_BT is not None
-        rates = jnp.where(seen, 0, flow.score_BT)
-        looked = looked_at(q_BTNH, k_BTKH, flow, here, rates / jnp.maximum(rates.sum(axis=1, keepdims=True), 1))
-        return flow.replace(score_BT=jnp.where(seen, looked, rates))
+        good, q, k = sound(flow, q_BTNH, k_BTKH)
+        seen, asks = self.pictured(good), self.asking(good)
+        if here.layer == 0:
+            good = good.replace(score_BT=raters(good.x_BTD, seen, asks).astype(jnp.float32))
+        assert good.score_BT is not None
+        rates = jnp.where(asks, good.score_BT, 0)
+        rates = jnp.where(rates.any(axis=1, keepdims=True), rates, asks)
+        score = rates
+        if below:
+            looked = looked_at(q, k, good, here, rates / jnp.maximum(rates.sum(axis=1, keepdims=True), 1), last=self.behind or None)
+            score = jnp.where(seen, looked, rates)
+        return flow.replace(score_BT=jnp.where(good.order_BT == EMPTY, jnp.nan, score))
 
     def parted(self, flow: Flow, here: Here) -> tuple[jax.Array, jax.Array]:
         """(the picture rows that stay, of each row at what row its cluster stands or EMPTY)."""
-        seen, keep_B = self.pictured(flow), self.kept(flow, here)
+        keep_B, (flow,) = self.kept(flow, here), sound(flow)
+        seen = self.pictured(flow)
         assert flow.score_BT is not None
         T = seen.shape[1]
         index = best_rows(flow.score_BT, jnp.zeros_like(seen), seen, keep_B, T)
@@ -75,7 +92,7 @@ class SparseVLM(Renumbered):
         R, C = (min(int(n), T) for n in self.again(np.asarray(T)))
         if R == 0:
             return stay, jnp.full(seen.shape, EMPTY, jnp.int32)
-        rows_B, many_B = (n.astype(jnp.int32) for n in self.again(seen.sum(axis=1) - keep_B))
+        rows_B, many_B = (n.astype(jnp.int32) for n in self.again((seen & ~stay).sum(axis=1)))
         centre = jax.vmap(partial(recycled, R=R, C=C))(flow.x_BTD, flow.score_BT, seen & ~stay, rows_B, many_B)
         return stay, centre
 
@@ -93,43 +110,35 @@ class SparseVLM(Renumbered):
 def raters(x_BTD: jax.Array, seen_BT: jax.Array, text_BT: jax.Array) -> jax.Array:
     """Which rows of the text rate the picture: those whose share of a picture row's match (softmax over the text of plain products, the
     mean over picture rows) is above the mean of all text rows."""
-    x = x_BTD.astype(jnp.float32)
-    match = jnp.where(text_BT[:, None], jnp.einsum("bvd,btd->bvt", x, x, precision="highest"), NEG)
-    share = jnp.where(text_BT[:, None] & seen_BT[:, :, None], jax.nn.softmax(match, axis=2), 0).sum(axis=1)
+    x, T = x_BTD.astype(jnp.float32), x_BTD.shape[1]
+
+    def part(block):  # T x T products are never held at once
+        y_BVD, these_BV = block
+        match = jnp.where(text_BT[:, None], jnp.einsum("bvd,btd->bvt", y_BVD, x, precision="highest"), NEG)
+        return jnp.where(text_BT[:, None] & these_BV[..., None], jax.nn.softmax(match, axis=2), 0).sum(axis=1)
+
+    size = min(BLOCK, T)
+    blocks = (jnp.pad(a, ((0, 0), (0, -T % size), *(((0, 0),) * (a.ndim - 2)))) for a in (x, seen_BT))
+    blocks = tuple(jnp.moveaxis(a.reshape(len(a), -1, size, *a.shape[2:]), 1, 0) for a in blocks)
+    share = jax.lax.map(part, blocks).sum(axis=0)
     mean = share.sum(axis=1, keepdims=True) / jnp.maximum(text_BT.sum(axis=1, keepdims=True), 1)
     return (share > mean) & text_BT
 
 
 def recycled(x_TD: jax.Array, score_T: jax.Array, gone_T: jax.Array, rows: jax.Array, many: jax.Array, *, R: int, C: int) -> jax.Array:
-    """at_T: of the `rows` best rows that are gone, at what row their cluster stands; EMPTY for all others."""
+    """at_T: of the `rows` best rows that are gone, at what row their cluster stands; EMPTY for all others.
+
+    The `many` best `density_peaks` over as many nearest rows are centres, and the rest joins the nearest (sec. 3.4).
+    """
     value, index = jax.lax.top_k(jnp.where(gone_T, jnp.nan_to_num(score_T, nan=NEG), -jnp.inf), R)
     there = (value > -jnp.inf) & (jnp.arange(R) < rows)
-    centre_C, label_R = density_peaks(x_TD[index], there, many, C)
+    peak_R, d_RR = density_peaks(x_TD[index], there, many, C)
+    _, centre_C = jax.lax.top_k(peak_R, C)
+    used_C = jnp.arange(C) < many
+    label_R = jnp.argmin(jnp.where(used_C[:, None], d_RR[centre_C], jnp.inf), axis=0)
+    label_R = label_R.at[jnp.where(used_C, centre_C, R)].set(jnp.arange(C), mode="drop")
     at = jnp.where(there, index[centre_C[label_R]], EMPTY)
     return jnp.full(len(gone_T), EMPTY, jnp.int32).at[index].set(at.astype(jnp.int32))
-
-
-def density_peaks(x_RD: jax.Array, there_R: jax.Array, many: jax.Array, C: int) -> tuple[jax.Array, jax.Array]:
-    """(centre_C, the first `many` of them in use; label_R, which centre each row belongs to) of density peaks over nearest neighbours.
-
-    Density of a row: exp of minus the mean squared distance to its `many` nearest rows, itself among them, distances divided by sqrt(D).
-    Centres are the rows with the largest product of density and distance to the nearest denser row; the rest joins the nearest centre
-    (Du et al. 2016; SparseVLM, sec. 3.4). Equal densities stay equal; the released code adds noise.
-    """
-    x, R = x_RD.astype(jnp.float32), len(x_RD)
-    square = jnp.square(x).sum(axis=1)
-    d = jnp.maximum(square[:, None] + square[None] - 2 * jnp.matmul(x, x.T, precision="highest"), 0) / x.shape[1]
-    d = jnp.where(jnp.eye(R, dtype=bool), 0, jnp.sqrt(d))
-    both = there_R[:, None] & there_R[None]
-    near = jnp.sort(jnp.where(both, d, jnp.inf), axis=1)[:, :C]
-    among = jnp.arange(near.shape[1]) < many
-    density = jnp.exp(-jnp.where(among, jnp.square(near), 0).sum(axis=1) / jnp.maximum(many, 1))
-    far = jnp.where(both, d, 0).max()
-    apart = jnp.where(both & (density[None] > density[:, None]), d, far).min(axis=1)
-    _, centre = jax.lax.top_k(jnp.where(there_R, apart * density, -1.0), min(C, R))
-    used = jnp.arange(len(centre)) < many
-    label = jnp.argmin(jnp.where(used[:, None], d[centre], jnp.inf), axis=0)
-    return centre, label.at[jnp.where(used, centre, R)].set(jnp.arange(len(centre)), mode="drop")
 
 
 def means(x_TD: jax.Array, at_T: jax.Array) -> jax.Array:

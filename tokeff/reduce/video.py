@@ -17,6 +17,7 @@ from tokeff.errors import UserError
 from tokeff.kv.budget import check_budget
 from tokeff.models.vit import Seen, Taps
 from tokeff.models.vit_config import ViTConfig
+from tokeff.reduce.peaks import density_peaks
 from tokeff.reduce.visual import Filmed, Reduced, patches, unit
 
 
@@ -77,26 +78,6 @@ def over_runs(x_FPD: jax.Array, start_F: jax.Array) -> jax.Array:
     return (mean / same_FF.sum(axis=1)[:, None, None]).astype(x_FPD.dtype)
 
 
-def density_peaks(x_PD: jax.Array, there_P: jax.Array, k: jax.Array | int, near: int) -> tuple[jax.Array, jax.Array]:
-    """(score_P, distance_PP) of the rows that are there as centres of clusters (Du et al. 2016); -inf for the others.
-
-    Distance is Euclidean over sqrt D. A row's density is exp(- the mean square distance to its k <= near nearest, itself included); its
-    score is that times the distance to the nearest denser row, or the largest distance where there is none. Released codes break ties
-    by noise; here of equally dense rows the earlier is denser.
-    """
-    P, x = len(x_PD), x_PD.astype(jnp.float32)
-    length_P, products_PP = (x * x).sum(axis=1), jnp.einsum("pd,ed->pe", x, x, precision="highest")
-    square_PP = jnp.maximum(length_P[:, None] + length_P - 2 * products_PP, 0) / x.shape[1] * (1 - jnp.eye(P))
-    pair = there_P[:, None] & there_P
-    d_PP = jnp.where(pair, jnp.sqrt(square_PP), jnp.inf)
-    nearest = jnp.sort(d_PP, axis=1)[:, :near] ** 2
-    nearest = jnp.where((jnp.arange(nearest.shape[1]) < k) & jnp.isfinite(nearest), nearest, 0)
-    dense_P = jnp.where(there_P, jnp.exp(-nearest.sum(axis=1) / jnp.maximum(jnp.minimum(k, there_P.sum()), 1)), -1)
-    denser_PP = (dense_P > dense_P[:, None]) | ((dense_P == dense_P[:, None]) & (jnp.arange(P) < jnp.arange(P)[:, None]))
-    far = jnp.where(pair, d_PP, 0).max()
-    return jnp.where(there_P, jnp.where(denser_PP & pair, d_PP, far).min(axis=1) * dense_P, -jnp.inf), d_PP
-
-
 def top_of(score: jax.Array, count: jax.Array) -> jax.Array:
     """mask of the `count` best along the last axis; of equal ones the earlier; never one at -inf."""
     rank = jnp.argsort(jnp.argsort(-score, axis=-1, stable=True), axis=-1)
@@ -109,8 +90,9 @@ def clustered(x_PD: jax.Array, there_P: jax.Array, count: jax.Array, near: int, 
     The best `density_peaks`, over at most `count` nearest, are centres, a row joins its nearest, and a centre becomes beta itself plus
     1 - beta the mean of those that joined it.
     """
-    P, x = len(x_PD), x_PD.astype(jnp.float32)
-    score_P, d_PP = density_peaks(x_PD, there_P, jnp.minimum(near, count), near)
+    there_P = there_P & jnp.isfinite(x_PD).all(axis=1)
+    P, x = len(x_PD), jnp.where(there_P[:, None], x_PD, 0).astype(jnp.float32)
+    score_P, d_PP = density_peaks(x, there_P, jnp.minimum(near, count), near)
     centre_P = top_of(score_P, count)
     joins_P = jnp.argmin(jnp.where(centre_P, d_PP, jnp.inf), axis=1)
     goes_PP = (joins_P == jnp.arange(P)[:, None]) & there_P & ~centre_P
@@ -247,8 +229,10 @@ class FastVID(Filmed):
     def gathered(self, x_FPD: jax.Array, goes_FP: jax.Array, own_PD: jax.Array, centre_P: jax.Array) -> jax.Array:
         """x_PD of an anchor: its centres with the rows that go, of any frame, merged into the most similar of them."""
         rows, P = x_FPD.reshape(-1, x_FPD.shape[2]).astype(jnp.float32), len(own_PD)
+        fine_R = jnp.isfinite(rows).all(axis=1)
+        rows, goes_R = jnp.where(fine_R[:, None], rows, 0), goes_FP.reshape(-1) & fine_R
         like = jnp.where(centre_P, jnp.einsum("rd,cd->rc", unit(rows), unit(own_PD), precision="highest"), -jnp.inf)
-        goes_RC = (jnp.argmax(like, axis=1)[:, None] == jnp.arange(P)) & goes_FP.reshape(-1, 1)
+        goes_RC = (jnp.argmax(like, axis=1)[:, None] == jnp.arange(P)) & goes_R[:, None]
         size = goes_RC.sum(axis=0)[:, None]
         mean = jnp.einsum("rc,rd->cd", goes_RC.astype(jnp.float32), rows, precision="highest") / jnp.maximum(size, 1)
         own = jnp.maximum(self.beta, 1 / (size + 1))
@@ -278,8 +262,8 @@ class StillRuns(Filmed):
 class FramePairs(Filmed):
     """On-device Sora's temporal merging (Kim et al. 2025): `frames` neighbouring frames become their mean, in the place of the first.
 
-    In the paper tokens of a video that is being made are merged before attention and copied back behind it (`unmerge_frames`); here what
-    is merged goes on to the decoder. The last frames become one though they may be fewer.
+    In the paper tokens of a video that is being made are merged before attention and copied back behind it; here what is merged goes on to
+    the decoder. The last frames become one though they may be fewer.
     """
 
     frames: int = 2
@@ -293,13 +277,3 @@ class FramePairs(Filmed):
         first = np.arange(F) // self.frames * self.frames
         real = np.broadcast_to((first == np.arange(F))[:, None], (F, P))
         return Reduced(over_runs(x, jnp.asarray(first)), jnp.broadcast_to(jnp.arange(P), (F, P)), jnp.asarray(real))
-
-
-def merge_frames(x_FPD: jax.Array, frames: int = 2) -> jax.Array:
-    """x_EPD, E = ceil(F / frames): the means of neighbouring frames' rows (On-device Sora, sec. 3.3)."""
-    return over_runs(x_FPD, jnp.arange(len(x_FPD)) // frames)[::frames]
-
-
-def unmerge_frames(x_EPD: jax.Array, F: int, frames: int = 2) -> jax.Array:
-    """x_FPD: every frame has the rows of what it was merged into."""
-    return jnp.repeat(x_EPD, frames, axis=0)[:F]

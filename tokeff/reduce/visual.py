@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from tokeff.errors import UserError
+from tokeff.kernels import k_centre
 from tokeff.kv.budget import Budget, check_budget, most_rows
 from tokeff.models.anyres import Canvas
 from tokeff.models.attention import NEG
@@ -77,6 +78,10 @@ class Walked(Picked):
 @dataclass(frozen=True)
 class Cropped(Picked):
     """Base class of methods that share a budget between a thumbnail and its crops. A picture of one crop goes through `reduce`."""
+
+    def stand_in(self, canvas: Canvas, cfg: ViTConfig) -> Canvas:
+        """A canvas on which `across` leaves the same: all that have one stand-in share a program."""
+        return canvas
 
     def across(self, x_BSD: jax.Array, seen: Seen, cfg: ViTConfig, canvas: Canvas) -> Reduced:
         """The rows that are left of one picture; B are its thumbnail and its crops."""
@@ -208,14 +213,7 @@ def spread(x_BPD: jax.Array, M: int) -> jax.Array:
     By cosine distance: first the row whose nearest neighbour is farthest, then always the one whose nearest chosen row is farthest. Rows
     that are no numbers come last.
     """
-    P = x_BPD.shape[1]
-
-    def one(d_PP):
-        bad_P = jnp.isnan(jnp.diagonal(d_PP))
-        others_PP = jnp.where(jnp.eye(P, dtype=bool) | jnp.isnan(d_PP), jnp.inf, d_PP)
-        return jnp.sort(greedy(d_PP, jnp.argmax(jnp.where(bad_P, -jnp.inf, others_PP.min(axis=1))), M))
-
-    return jax.vmap(one)(1 - cosines(x_BPD, x_BPD))
+    return jnp.sort(k_centre(1 - cosines(x_BPD, x_BPD), most=M), axis=1)
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,12 @@ class HiRED(Shared):
     def taps(self, cfg: ViTConfig) -> Taps:
         return Taps(cls=tuple(sorted({cfg.layer(self.layer), cfg.layer(self.first)})))
 
+    def stand_in(self, canvas: Canvas, cfg: ViTConfig) -> Canvas:
+        """The canvas without bars, where these move no patch of the thumbnail to another crop."""
+        lines, columns = canvas.cells
+        bare = Canvas(canvas.down, canvas.across, canvas.cells, (0, canvas.down * lines), (0, canvas.across * columns))
+        return bare if self.strips or (crop_of_patch(cfg, bare) == crop_of_patch(cfg, canvas)).all() else canvas
+
     def reduce(self, x_BSD: jax.Array, seen: Seen, cfg: ViTConfig) -> Reduced:
         return take(patches(x_BSD, cfg), best(importance(seen, self.layer, cfg), self.rows(cfg)))
 
@@ -78,17 +84,20 @@ class HiRED(Shared):
         thumbnail = min(int(total * self.alpha), P)
         rest, K = min(total - thumbnail, (B - 1) * P), int(P * (1 - self.alpha))
         looked = best(importance(seen, self.first, cfg)[:1], K)[0]
-        cell_P = np.arange(P) * (B - 1) // P if self.strips else cells(cfg, canvas)
+        cell_P = np.arange(P) * (B - 1) // P if self.strips else crop_of_patch(cfg, canvas)
         found = (jnp.asarray(cell_P)[looked][:, None] == jnp.arange(B - 1)).sum(axis=0)
         count = jnp.concatenate([jnp.array([thumbnail]), jnp.minimum(found * rest // max(K, 1), P)])
         index, real = upto(importance(seen, self.layer, cfg), count, max(thumbnail, min(rest, P), 1))
         return take(patches(x_BSD, cfg), index, real)
 
 
-def cells(cfg: ViTConfig, canvas: Canvas) -> np.ndarray:
-    """cell_P: the crop in which each patch of the thumbnail lies."""
+def crop_of_patch(cfg: ViTConfig, canvas: Canvas) -> np.ndarray:
+    """cell_P: the crop in which the middle of each patch of the thumbnail lies. The thumbnail shows the picture from edge to edge; on the
+    canvas there are bars beside it."""
+    (top, bottom), (left, right) = canvas.lines, canvas.columns
     y, x = np.divmod(np.arange(cfg.patches), cfg.grid[1])
-    return y * canvas.down // cfg.grid[0] * canvas.across + x * canvas.across // cfg.grid[1]
+    line, column = (2 * y + 1) * (bottom - top) // (2 * cfg.grid[0]), (2 * x + 1) * (right - left) // (2 * cfg.grid[1])
+    return (top + line) // canvas.cells[0] * canvas.across + (left + column) // canvas.cells[1]
 
 
 @dataclass(frozen=True)
@@ -123,7 +132,7 @@ class GlobalCom2(Shared):
 
     def across(self, x_BSD: jax.Array, seen: Seen, cfg: ViTConfig, canvas: Canvas) -> Reduced:
         attention, crops, P, M = importance(seen, self.layer, cfg), len(x_BSD) - 1, cfg.patches, self.rows(cfg)
-        in_crop = cells(cfg, canvas) == np.arange(crops)[:, None]
+        in_crop = crop_of_patch(cfg, canvas) == np.arange(crops)[:, None]
         weight = jax.nn.softmax(jnp.where(in_crop, attention[0], 0).sum(axis=1) / self.heat)
         keep = jnp.ones(crops) if M == P else jnp.minimum(M / P * (1 + weight - 1 / crops), 1)
         shown = canvas.shown()

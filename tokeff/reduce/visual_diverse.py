@@ -153,7 +153,7 @@ def likeliest(kernel_PP: jax.Array, M: int) -> jax.Array:
     def step(i, state):
         gain_P, basis_MP, index_M = state
         at = jnp.argmax(gain_P)
-        rest = kernel_PP[at] - basis_MP[:, at] @ basis_MP
+        rest = kernel_PP[at] - jnp.matmul(basis_MP[:, at], basis_MP, precision="highest")
         # Past the kernel's rank only rounding is left to add; such a row changes nothing for the others.
         new_P = jnp.where(gain_P[at] > 1e-6, rest * jax.lax.rsqrt(jnp.maximum(gain_P[at], 1e-6)), 0)
         return (gain_P - new_P**2).at[at].set(-jnp.inf), basis_MP.at[i].set(new_P), index_M.at[i].set(at)

@@ -79,7 +79,7 @@ class PruMerge(Chosen):
 
     Attention is that of one head as wide as the model, at `layer`. A kept row adds sum_j a_j x_j over the `near` patches whose keys are
     closest by cosine; the last row is that sum over all patches that were not kept. Neither is normalised, as published. How many are
-    kept is the picture's own in the paper (`outliers`); here it is the budget, so that pictures can share a batch. Kept rows stand in
+    kept is the picture's own in the paper; here it is the budget, so that pictures can share a batch. Kept rows stand in
     reading order.
     """
 
@@ -125,12 +125,6 @@ def gathered(x_BPD: jax.Array, k_BPD: jax.Array, score_BP: jax.Array, M: int, ne
     more = jnp.einsum("bmp,bpd->bmd", weight, x_BPD.astype(jnp.float32), precision="highest").astype(x_BPD.dtype)
     own = jnp.pad(take(x_BPD, index).x_BMD, ((0, 0), (0, 1), (0, 0)))
     return Reduced(own + more, jnp.pad(index, ((0, 0), (0, 1)), constant_values=EMPTY))
-
-
-def outliers(score_BP: jax.Array) -> jax.Array:
-    """count_B of scores above the third quartile by more than 1.5 interquartile ranges: how many patches PruMerge keeps (sec. 3.2)."""
-    low, high = jnp.percentile(score_BP, jnp.asarray([25.0, 75.0]), axis=1)
-    return (score_BP > (high + 1.5 * (high - low))[:, None]).sum(axis=1)
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,6 @@ would over fewer rows, and does not compute less. What is saved is saved in the 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -76,7 +74,8 @@ class FlowCut(Walked):
         there, running, found = everything(cfg, len(x)), None, {}
         for i in range(top + 1):
             x, cls, v = block(params.blocks[i], x, there, cfg=cfg)
-            found[i] = x
+            if i in layers:
+                found[i] = x
             if (left := top - 1 - i) >= 0:
                 running, there = flow_cut(running, cls, v, there, jnp.float32(left), method=self, cfg=cfg, cut=left % self.every == 0)
         patches = side_by_side(found, layers, cfg)
@@ -120,53 +119,35 @@ class MustDrop(Walked):
     """MustDrop (Liu et al. 2024), its stage in the tower: behind the first layer, windows of patches that are like each other are merged.
 
     A window goes where the cosine of its pairs, the mean over all of them, reaches `like`; it becomes its mean, at the place of its first
-    patch, and the rest of the tower runs on what is left. `key_set` names the patches that the later stages, in the decoder, never drop.
+    patch, and the rest of the tower runs on what is left.
     The released code puts merged rows first and merges as many windows in every picture of a batch; here rows stay in reading order.
     """
 
     like: float = 0.8
     window: tuple[int, int] = (3, 3)
-    key_share: float = 0.08
 
     def check(self, cfg: ViTConfig) -> None:
         if min(self.window) < 1 or max(self.window) < 2 or any(side % w for side, w in zip(cfg.grid, self.window)):
             raise UserError(f"windows of {self.window} do not tile {cfg.grid} patches; give sides that divide them")
-        if not 0 < self.key_share <= 1:
-            raise UserError(f"key_share {self.key_share} is not a share of the patches; give a fraction in (0, 1]")
 
     def rows(self, cfg: ViTConfig) -> int:
         """The most there can be: all patches, where no window is merged."""
         return cfg.patches
 
     def walk(self, params: ViTParams, cfg: ViTConfig, pixels_BYXC: jax.Array, layers: tuple[int, ...]) -> Reduced:
-        found = {}
-        for i, (x, _, there) in enumerate(self.steps(params, cfg, pixels_BYXC, max(layers) + 1)):
-            found[i] = x
-            if i == max(layers):
-                P = cfg.patches
-                index, real = upto(there[:, int(cfg.cls) :].astype(jnp.float32), there[:, int(cfg.cls) :].sum(axis=1), P)
-                return take(side_by_side(found, layers, cfg), index, real)
-        raise UserError(f"layers {layers} are not of {cfg.name}; give 0 to {cfg.L - 1}")
-
-    def steps(self, params: ViTParams, cfg: ViTConfig, pixels_BYXC: jax.Array, depth: int) -> Iterator[tuple[jax.Array, ...]]:
-        """(x_BSD, cls_BNS, there_BS) behind every layer."""
-        x = embed_patches(params, cfg, pixels_BYXC)
+        if not 0 <= (top := max(layers)) < cfg.L:
+            raise UserError(f"layers {layers} are not of {cfg.name}; give 0 to {cfg.L - 1}")
+        x, found = embed_patches(params, cfg, pixels_BYXC), {}
         there = everything(cfg, len(x))
-        for i in range(depth):
-            x, cls, _ = block(params.blocks[i], x, there, cfg=cfg)
+        for i in range(top + 1):
+            x, *_ = block(params.blocks[i], x, there, cfg=cfg)
             if i == 0:
                 x, there = merged_windows(x, cfg=cfg, like=self.like, window=self.window)
-            yield x, cls, there
-
-    def key_set(self, params: ViTParams, cfg: ViTConfig, pixels_BYXC: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """(place_BM, real_BM): patches that the class row looks at most in the last layer, `key_share` of those there, rounded up."""
-        self.check(cfg)
-        if not cfg.cls:
-            raise UserError(f"a key set is what the class row looks at, which {cfg.name} has none of")
-        *_, (_, cls, there) = self.steps(params, cfg, pixels_BYXC, cfg.L)
-        score = jnp.where(there[:, 1:], cls.mean(axis=1)[:, 1:], -jnp.inf)
-        count = jnp.ceil(self.key_share * there[:, 1:].sum(axis=1) - 1e-4).astype(jnp.int32)
-        return upto(score, count, math.ceil(self.key_share * cfg.patches))
+            if i in layers:
+                found[i] = x
+        there_BP = there[:, int(cfg.cls) :]
+        index, real = upto(there_BP.astype(jnp.float32), there_BP.sum(axis=1), cfg.patches)
+        return take(side_by_side(found, layers, cfg), index, real)
 
 
 @partial(jax.jit, static_argnames=("cfg", "like", "window"))

@@ -43,9 +43,16 @@ AXES = {
     "of_dense": "speed / dense decoding's",
     "batch": "batch size",
     "prefill_s": "prefill, seconds",
+    "share": "rows a layer works on, mean over layers",
+    "wer": "word error rate (lower is better)",
+    "accuracy": "right answers (higher is better)",
+    "labelled": "digits named rightly (higher is better)",
+    "speedup": "prefill of all rows / the method's, seconds",
+    "encoder_speedup": "encoder over all rows / the method's, seconds",
+    "picture_speedup": "batch with all rows / the method's, seconds",
     "context": "context, tokens",
 }
-PERCENT = ("held", "read", "top1_agree")
+PERCENT = ("held", "read", "top1_agree", "share")
 STYLE: dict[Any, Any] = {
     "font.size": 9.5, "axes.titlesize": 11, "axes.titleweight": "bold", "axes.titlelocation": "left",
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,

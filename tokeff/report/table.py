@@ -164,8 +164,15 @@ def remark(row: dict[str, Any], name: str) -> str:
     return "; ".join([*marks, *([clean(row[name])] if row.get(name) else [])]) or MISSING
 
 
+def first_of(*others: str) -> Callable[[dict[str, Any], str], str]:
+    """Return how a column is written whose value stands under one of several names."""
+    return lambda row, name: significant(row, next((n for n in (name, *others) if row.get(n) is not None), name))
+
+
 COLUMNS = (
+    Column("kind", "kind", plain, right=False),
     Column("method", "method", plain, right=False),
+    Column("share", "rows kept", share, "rows kept: share of the rows that a layer works on, in the mean over layers"),
     Column("family", "family", plain, right=False),
     Column("lossless", "output", yes_no, "lossless: gives the tokens of plain decoding; lossy: may not", right=False),
     Column("budget", "budget", budget, "budget: share of the full cache a row may hold, or read in one decode step"),
@@ -176,14 +183,23 @@ COLUMNS = (
     Column("answer_logprob", "answer log p", significant, "answer log p: mean log-likelihood of the right answer"),
     Column("later_exact", "asked later", count, "asked later: the same questions, put to the context after it was compressed"),
     Column("later_logprob", "later log p", significant, "later log p: answer log p of questions asked later"),
+    Column("accuracy", "right", first_of("labelled"), "right: share of pictures answered or named rightly"),
+    Column("wer", "WER", share, "WER: words inserted, deleted and replaced / words said"),
+    Column("changed", "changed", share, "changed: the same against the transcript that all rows give"),
+    Column("perplexity", "perplexity", significant, "perplexity: of held-out text"),
     Column("loss", "loss", significant, "loss: nats a token on held-out text"),
-    Column("kl", "KL to full", significant, "KL to full: of the next-token distribution, in nats, full cache as truth"),
+    Column("kl", "KL to full", first_of("heard_kl"), "KL to full: of the next-token distribution, in nats, full cache as truth"),
     Column("top1_agree", "top-1", share, "top-1: share of next tokens that agree with the full cache's first choice"),
     Column("greedy_match", "greedy", flag, "greedy: agreement with the full cache's greedy continuation"),
     Column("held", "held", percent, "held: bytes of the decode state after prefill / bytes of a full cache"),
     Column("read", "read", percent, "read: cache bytes touched by one decode step / bytes of a full cache"),
     Column("peak", "peak", percent, "peak: memory of the compiled program / bytes of a full cache"),
     Column("prefill_s", "prefill", significant, "prefill: seconds, after warm-up"),
+    Column("first_token_s", "first token", significant, "first token: seconds until it can be drawn"),
+    Column("speedup", "speed-up", first_of("encoder_speedup", "picture_speedup"), "speed-up: seconds over all rows / these, in turns"),
+    Column("flops", "FLOPs", share, "FLOPs: of the prefill by arithmetic / those over all rows; what scores cost is left out"),
+    Column("kv_mib", "KV MiB", significant, "KV MiB: keys and values held after the prompt"),
+    Column("beats", "beats", flag, "beats: better than every baseline at its share, 95% interval of the differences of examples"),
     Column("decode_tok_s", "tok/s", significant, "tok/s: tokens decoded a second, after warm-up"),
     Column("nodes", "rows", plain, "rows: that one pass carries for a sequence, the last token and its drafts"),
     Column("mat", "MAT", significant, "MAT: tokens that a pass of the target committed; plain decoding has 1"),
@@ -200,8 +216,8 @@ COLUMNS = (
     Column("tokens_per_pass", "tok/pass", significant, "tok/pass: tokens committed by one forward pass"),
     Column("note", "note", remark, right=False),
 )
-_BRIEF = ("method", "class", "batch", "context", "needles_exact", "kl", "held", "read", "decode_tok_s", "mat", "of_dense", "tn",
-          "break_even", "exact", "tokens_per_pass", "note")  # fmt: skip
+_BRIEF = ("kind", "method", "share", "class", "batch", "context", "needles_exact", "kl", "held", "read", "speedup", "decode_tok_s", "mat",
+          "of_dense", "tn", "break_even", "exact", "tokens_per_pass", "note")  # fmt: skip
 BRIEF = tuple(column for column in COLUMNS if column.name in _BRIEF)
 """The columns that fit a terminal."""
 

@@ -75,6 +75,7 @@ class MinMax(Selector):
         seen = open_pages(layer.rows, span, self.size, here)
         M = min(layer.far, seen.shape[-1])
         _, page = page_scores(
-            q_BTNH, bounds.low_BKPH, bounds.high_BKPH, seen, most=M, chunks=self.page // self.rows, scale=here.cfg.scale
-        )
+            q_BTNH.astype(bounds.low_BKPH.dtype), bounds.low_BKPH, bounds.high_BKPH, seen,
+            most=M, chunks=self.page // self.rows, scale=here.cfg.scale,
+        )  # fmt: skip
         return jnp.where(jnp.arange(M) < layer.far_B[:, None, None, None], page, EMPTY)
