@@ -22,7 +22,7 @@ SPLIT = {name: ("data", "model", "seq") for name in ("k", "v", "order", "bias")}
 
 def mesh_of(sizes):
     if len(jax.devices()) < 8:
-        pytest.skip("needs 8 devices: jax was started before tests/kernels/conftest.py could ask for them")
+        pytest.skip("needs 8 devices: jax was started before tests/conftest.py could ask for them")
     return jax.make_mesh(sizes, ("data", "model", "seq"), axis_types=(AxisType.Auto,) * 3)
 
 

@@ -44,6 +44,17 @@ def main(args: Sequence[str]) -> int:
         return told[1]
 
 
+def check_names(ops: Sequence[str], cases: Sequence[str] | None) -> None:
+    """Raise UserError for ops, or cases of them, that there are none of."""
+    for op in ops:
+        if op not in bench.OPS:
+            raise UserError(f"no op {op!r}; {nearest(op, bench.OPS)}")
+    names = sorted({case.name for op in ops for case in bench.OPS[op][0].CASES})
+    for case in cases or ():
+        if case not in names:
+            raise UserError(f"no case {case!r}; {nearest(case, names)}")
+
+
 def _parse(args: Sequence[str]) -> argparse.Namespace:
     p = Parser("python -m tokeff.bench.device", description="Check and time every kernel on this machine's device.", allow_abbrev=False)
     p.add_argument("--platform", choices=tuple(INSTALL), required=True, help="the device that must be here")
@@ -57,13 +68,7 @@ def _parse(args: Sequence[str]) -> argparse.Namespace:
     p.add_argument("--out", type=Path, default=Path("benchmarks"), help="folder of the results (default: %(default)s)")
     p.add_argument("--inside", help=argparse.SUPPRESS)  # the part that this process is
     known = p.parse_args(args)
-    for op in known.ops:
-        if op not in bench.OPS:
-            raise UserError(f"no op {op!r}; {nearest(op, bench.OPS)}")
-    names = {case.name for op in known.ops for case in bench.OPS[op][0].CASES}
-    for case in known.cases or ():
-        if case not in names:
-            raise UserError(f"no case {case!r}; {nearest(case, names)}")
+    check_names(known.ops, known.cases)
     for part in known.part or ():
         if part not in parts(known):
             raise UserError(f"no part {part!r}; {nearest(part, parts(known))}")

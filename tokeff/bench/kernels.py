@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from tokeff.bench import common
-from tokeff.errors import UserError, nearest
+from tokeff.bench.device import check_names
+from tokeff.errors import UserError
 from tokeff.kernels import bench
 
 
@@ -26,13 +27,7 @@ def main(args: list[str]) -> None:
     p.add_argument("--cases", nargs="+", help="names of cases (default: those that fit the device)")
     p.add_argument("--implementation", help="force one, such as xla or pallas_gpu")
     known = p.parse_args(args)
-    for op in known.ops:
-        if op not in bench.OPS:
-            raise UserError(f"no op {op!r}; {nearest(op, bench.OPS)}")
-    names = {case.name for op in known.ops for case in bench.OPS[op][0].CASES}
-    for case in known.cases or ():
-        if case not in names:
-            raise UserError(f"no case {case!r}; {nearest(case, sorted(names))}")
+    check_names(known.ops, known.cases)
     common.check_out(known.out)
     try:
         found = rows(known.ops, known.cases, known.implementation, known.rounds)
