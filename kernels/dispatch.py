@@ -20,6 +20,8 @@ IMPLEMENTATIONS = ("reference", "xla", "pallas_tpu", "pallas_gpu", "interpret")
 # `jax.default_backend()` names the machine that compiles, and picks the wrong kernel when the two differ.
 PREFERENCE = {"tpu": ("pallas_tpu", "xla"), "cuda": ("pallas_gpu", "xla"), "default": ("xla",)}
 
+_FORCED = jax.make_user_context(None)  # a key of jit's caches: what is traced in here is a program of its own
+
 log = logging.getLogger("tokeff.kernels")
 
 
@@ -63,15 +65,29 @@ def refusals(pallas_tpu, pallas_gpu):
     return {"pallas_tpu": pallas_tpu.refusal, "pallas_gpu": pallas_gpu.refusal, "interpret": pallas_tpu.refusal}
 
 
+def forced(implementation):
+    """Return a context in which every op that is not told otherwise takes this implementation: a whole model with it, to compare.
+
+    Raises ValueError for an unknown one. What is compiled in the context is not mistaken for what is compiled outside.
+    """
+    _check(implementation)
+    return _FORCED(implementation)
+
+
 def call(op, implementation, mesh, arrays, **options):
     """Run op on its arrays. mesh None means the one set by `jax.set_mesh`, if any.
 
     Raises ValueError for an unknown implementation, or a named one that does not support the call.
     """
-    if implementation not in (None, *IMPLEMENTATIONS):
-        raise ValueError(f"implementation {implementation!r} is unknown: choose None or one of {IMPLEMENTATIONS}")
+    _check(implementation)
+    implementation = _FORCED.value if implementation is None else implementation
     spec = Spec(op, implementation, context_mesh() if mesh is None else mesh, tuple(options.items()))
     return _differentiable(spec, arrays[: op.floats], arrays[op.floats :])
+
+
+def _check(implementation):
+    if implementation not in (None, *IMPLEMENTATIONS):
+        raise ValueError(f"implementation {implementation!r} is unknown: choose None or one of {IMPLEMENTATIONS}")
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -43,12 +43,13 @@ def page_scores(q_BTNH, low_BKPH, high_BKPH, open_BKTP, *, most, chunks, scale):
     return worth, page
 
 
-def compact_rows(k_BKCH, v_BKCH, from_BKM, to_BKM):
+def compact_rows(k_BKCH, v_BKCH, from_BKM, to_BKM, k_BKWH=None, v_BKWH=None):
     """One indexed read and one indexed write of each."""
     (B, K, C, _), gone = k_BKCH.shape, (from_BKM < 0) | (to_BKM < 0)
     b, k = jnp.arange(B)[:, None, None], jnp.arange(K)[:, None]
     to_BKM = jnp.where(gone, C, to_BKM)  # past the end: dropped
-    return tuple(x.at[b, k, to_BKM].set(x[b, k, from_BKM], mode="drop") for x in (k_BKCH, v_BKCH))
+    sources = (k_BKCH, v_BKCH) if k_BKWH is None else (k_BKWH, v_BKWH)
+    return tuple(x.at[b, k, to_BKM].set(source[b, k, from_BKM], mode="drop") for x, source in zip((k_BKCH, v_BKCH), sources))
 
 
 def lowrank_scores(q_BTNH, low_BSY, basis_BYKH, angle_BS, page_BKTM, freq_h, *, gain, page_size, scale):

@@ -2,7 +2,8 @@
 
 For TPUs libtpu compiles every case of every op, as for a real chip. Of its own kernels it writes out the final bundles, of which a core
 starts one a cycle. Their number, and how many moves of registers to memory and back (spills) stand in them, tells two versions of a kernel
-apart under one version of libtpu. It is no time: a bundle in a loop counts once.
+apart under one version of libtpu. It is no time: a bundle in a loop counts once. Where versions differ in the size of their blocks, compare
+bundles times the steps of the grid, which are the bundles that run where no block is skipped.
 
 For CUDA, jax lowers to Triton and stops there: registers are known to ptxas alone, which wants jax's CUDA plugin in front of it. What can
 be told is the size of the Triton program, its products and its reads and writes of memory.
@@ -13,6 +14,7 @@ The figures are in kernels/static.json, and a test holds some of them.
 import argparse
 import importlib.metadata
 import json
+import math
 import os
 import re
 import sys
@@ -116,7 +118,8 @@ def prepare(folder):
     """Set up this process before libtpu is loaded: no device is looked for, and bundles are written to the folder."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
-    os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
+    flags = {"to": folder, "llo_text": "true", "llo_pass_label_regex": "final_"}  # of some seventy passes, what the last one leaves
+    os.environ["LIBTPU_INIT_ARGS"] = " ".join(f"--xla_jf_dump_{name}={value}" for name, value in flags.items())
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_compilation_cache", False)  # what is not compiled writes no bundles
 
@@ -138,7 +141,7 @@ def figures(target, op, case, folder):
         traced = program.trace(*split)
     except ValueError as refused:
         return {"refused": " ".join(str(refused).split())}
-    return of_triton(traced) if target == "triton" else of_tpu(program, split, target, folder)
+    return of_triton(traced) if target == "triton" else of_tpu(program, split, target, folder) | {"steps": steps(traced.jaxpr.jaxpr)}
 
 
 def of_triton(traced):
@@ -164,6 +167,20 @@ def of_tpu(program, split, target, folder):
     compiled = program.lower(*laid).compile()
     memory = compiled.memory_analysis()
     return bundles(Path(folder)) | {"temp_bytes": memory.temp_size_in_bytes, "code_bytes": memory.generated_code_size_in_bytes}
+
+
+def steps(jaxpr):
+    """Return the steps of the grids of all Pallas calls in a program."""
+    total = 0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "pallas_call":
+            total += math.prod(eqn.params["grid_mapping"].grid)
+            continue
+        times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
+        for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+            inner = getattr(inner, "jaxpr", inner)
+            total += times * steps(inner) if hasattr(inner, "eqns") else 0
+    return total
 
 
 def bundles(folder):

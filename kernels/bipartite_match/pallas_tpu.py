@@ -14,8 +14,8 @@ import jax.numpy as jnp
 
 from tokeff.compat import pl, pltpu, tpu_params
 from tokeff.kernels.bipartite_match.xla import unit
-from tokeff.kernels.decode_attention.pallas_tpu import mxu
 from tokeff.kernels.rows import round_up
+from tokeff.kernels.running import mxu
 
 ROWS = 256  # of a block, even and odd: their cosines take 256 KiB
 MAX_WIDTH = 2048  # numbers of a row: two blocks of them take 4 MiB, held twice
@@ -74,8 +74,10 @@ def _kernel(even_ref, odd_ref, cosine_ref, partner_ref, top_ref, at_ref, *, E, p
 
 def search(cosine_AE, first_even, first_odd, E, protected):
     """Return (maximum, its place among all odd rows) of each row of a block of cosines, (A, 1); protected rows and padding are hidden."""
-    even_AE, odd_AE = (first + jax.lax.broadcasted_iota(jnp.int32, cosine_AE.shape, i) for i, first in enumerate((first_even, first_odd)))
-    free_AE = (2 * even_AE >= protected) & (2 * odd_AE + 1 >= protected) & (odd_AE < E) & (cosine_AE == cosine_AE)
-    cosine_AE = jnp.where(free_AE, cosine_AE, -jnp.inf)
+    even_A1 = first_even + jax.lax.broadcasted_iota(jnp.int32, (cosine_AE.shape[0], 1), 0)
+    odd_1E = first_odd + jax.lax.broadcasted_iota(jnp.int32, (1, cosine_AE.shape[1]), 1)
+    free_1E = (2 * odd_1E + 1 >= protected) & (odd_1E < E)
+    cosine_AE = jnp.where(free_1E & (cosine_AE == cosine_AE), cosine_AE, -jnp.inf)
     top_A1 = cosine_AE.max(1, keepdims=True)
-    return top_A1, jnp.where(cosine_AE == top_A1, odd_AE, E).min(1, keepdims=True)
+    at_A1 = jnp.where(cosine_AE == top_A1, odd_1E, E).min(1, keepdims=True)
+    return jnp.where(2 * even_A1 >= protected, top_A1, -jnp.inf), at_A1

@@ -24,10 +24,11 @@ import jax.numpy as jnp
 from tokeff.compat import pl, pltpu, tpu_params
 from tokeff.kernels.block_sparse_prefill.layout import chosen, query_blocks, query_tokens, rows_beside
 from tokeff.kernels.decode_attention import merge
-from tokeff.kernels.decode_attention.pallas_tpu import LANES, MAX_TABLE
+from tokeff.kernels.decode_attention.pallas_tpu import MAX_TABLE
 from tokeff.kernels.decode_attention.xla import take
-from tokeff.kernels.flash_prefill.pallas_tpu import add, finish, running, seen_slots, start, unfit, visible
+from tokeff.kernels.flash_prefill.pallas_tpu import unfit
 from tokeff.kernels.rows import round_up
+from tokeff.kernels.running import LANES, Running, add, cleaned, finish, scratch, start, visible
 
 WIDTH = 256  # stored rows of a step, where so many are chosen
 MAX_ROWS = 1024  # query rows of a block: their (rows, WIDTH) float32 scores take 1 MiB
@@ -115,7 +116,7 @@ def _walk(q_BKQRH, bounds_BQR2, k_BKCH, v_BKCH, count_BKQ, block_BKQM, order_BKQ
                 *stored,
             ],
             out_specs=[row_spec(H), row_spec(1)],
-            scratch_shapes=running(R, H),
+            scratch_shapes=scratch(R, H),
         ),
         out_shape=[jax.ShapeDtypeStruct((B, K, Q, R, width), jnp.float32) for width in (H, 1)],
         compiler_params=tpu_params("parallel", "parallel", "parallel", "arbitrary"),
@@ -127,24 +128,24 @@ def _walk(q_BKQRH, bounds_BQR2, k_BKCH, v_BKCH, count_BKQ, block_BKQM, order_BKQ
 
 def _kernel(count_ref, block_ref, bounds_ref, q_ref, order_ref, *refs, n, clean, scale, softcap):
     """One step of one block of queries. refs: n blocks of K, n of V, then out, lse, and the running softmax."""
-    k_refs, v_refs, (out_ref, lse_ref, *running_refs) = refs[:n], refs[n : 2 * n], refs[2 * n :]
+    k_refs, v_refs, (out_ref, lse_ref, *kept) = refs[:n], refs[n : 2 * n], refs[2 * n :]
     b, k, q, j = (pl.program_id(axis) for axis in range(4))
-    count = count_ref[(b * pl.num_programs(1) + k) * pl.num_programs(2) + q]
+    count, at = count_ref[(b * pl.num_programs(1) + k) * pl.num_programs(2) + q], Running(*kept)
 
     @pl.when(j == 0)
     def _start():
-        start(running_refs)
+        start(at, bounds_ref[...])
 
     @pl.when(j * n < count)
     def _add_blocks():
         k, v = (jnp.concatenate([ref[...] for ref in blocks], 0) for blocks in (k_refs, v_refs))
-        see_RX = visible(order_ref[...], bounds_ref[...])
-        v = jnp.where(seen_slots(see_RX, 0, v), v, 0) if clean else v  # 0 * NaN is NaN
-        add(running_refs, q_ref[...], k, v, see_RX, 0, scale, softcap)
+        see_RX = visible(order_ref[...], at)
+        v = cleaned(v, see_RX, 0) if clean else v
+        add(at, q_ref[...], k, v, see_RX, 0, scale, softcap)
 
     @pl.when(j == pl.num_programs(3) - 1)
     def _finish():
-        finish(running_refs, out_ref, lse_ref)
+        finish(at, out_ref, lse_ref)
 
 
 def _calls(block_BKQM):

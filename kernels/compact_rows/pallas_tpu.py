@@ -3,7 +3,8 @@
 Grid (B, K). Memory is addressed in tiles: 8 (float32) or 16 (bfloat16) slots, or 128 where H is not a multiple of 128 and C lies along
 the lanes (see decode_attention's kernel). A step starts the copies of every tile that a row comes from and of every tile that a row
 goes to, once each, and waits for them all; only then does it move rows between tiles, and write the latter back. So all is read before
-anything is written, and the copies of a head are in flight together. The caches are their own output.
+anything is written, and the copies of a head are in flight together. The caches are their own output. A draft is filled up to whole
+tiles by XLA first.
 
 HBM bytes: for each row 2 tiles (K and V) read; for each tile that rows go to, 2 read and 2 written. Whole tiles are 8 to 128 times the
 rows: the floor is reached only where rows go to neighbouring slots from neighbouring ones, as in compaction.
@@ -15,13 +16,15 @@ import jax
 import jax.numpy as jnp
 
 from tokeff.compat import pl, pltpu, tpu_params
-from tokeff.kernels.decode_attention.pallas_tpu import LANES, slots_on_lanes
+from tokeff.kernels.decode_attention.pallas_tpu import slots_on_lanes
+from tokeff.kernels.rows import round_up
+from tokeff.kernels.running import LANES
 
 MAX_TABLE = 2**16  # entries of the three tables together, in scalar memory
 MAX_HELD = 2**23  # bytes of tiles in VMEM
 
 
-def refusal(k_BKCH, v_BKCH, from_BKM, to_BKM):
+def refusal(k_BKCH, v_BKCH, k_BKWH, v_BKWH, from_BKM, to_BKM):
     """Return in one line why this kernel cannot take the call, or None."""
     H, C, dtype = k_BKCH.shape[3], k_BKCH.shape[2], k_BKCH.dtype
     if dtype not in ("float32", "bfloat16"):
@@ -35,7 +38,7 @@ def refusal(k_BKCH, v_BKCH, from_BKM, to_BKM):
     return None
 
 
-def run(k_BKCH, v_BKCH, from_BKM, to_BKM, *, interpret=False):
+def run(k_BKCH, v_BKCH, k_BKWH, v_BKWH, from_BKM, to_BKM, *, interpret=False):
     """Same contract as the public op, for calls that `refusal` accepts. interpret: as of `pl.pallas_call`."""
     (B, K, _, H), M = k_BKCH.shape, from_BKM.shape[2]
     tile, on_lanes = _tile(k_BKCH), slots_on_lanes(k_BKCH)
@@ -43,14 +46,15 @@ def run(k_BKCH, v_BKCH, from_BKM, to_BKM, *, interpret=False):
     from_BKM, to_BKM = (jnp.where(real_BKM, x, -1).astype(jnp.int32) for x in (from_BKM, to_BKM))
     tile_BKM = jnp.where(real_BKM, to_BKM // tile, -1)
     home_BKM = jnp.argmax(tile_BKM[..., None] == tile_BKM[:, :, None], -1).astype(jnp.int32)  # who holds the tile that a row goes to
-    k, v = (x.swapaxes(2, 3) if on_lanes else x for x in (k_BKCH, v_BKCH))
+    draft = [jnp.pad(x, [(0, 0), (0, 0), (0, round_up(x.shape[2], tile) - x.shape[2]), (0, 0)]) for x in (k_BKWH, v_BKWH) if x is not None]
+    k, v, *draft = (x.swapaxes(2, 3) if on_lanes else x for x in (k_BKCH, v_BKCH, *draft))
     whole, held = pl.BlockSpec(memory_space=pl.ANY), pltpu.VMEM((2, M, H, tile) if on_lanes else (2, M, tile, H), k.dtype)
     k, v = pl.pallas_call(
         partial(_kernel, M=M, tile=tile, axis=int(on_lanes)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=(B, K),
-            in_specs=[whole] * 2,
+            in_specs=[whole] * (2 + len(draft)),
             out_specs=[whole] * 2,
             scratch_shapes=[held, held, pltpu.SemaphoreType.DMA],
         ),
@@ -59,7 +63,7 @@ def run(k_BKCH, v_BKCH, from_BKM, to_BKM, *, interpret=False):
         compiler_params=tpu_params("arbitrary", "arbitrary"),
         interpret=interpret,
         name="compact_rows",
-    )(*(x.reshape(-1) for x in (from_BKM, to_BKM, home_BKM)), k, v)
+    )(*(x.reshape(-1) for x in (from_BKM, to_BKM, home_BKM)), k, v, *draft)
     return (k.swapaxes(2, 3), v.swapaxes(2, 3)) if on_lanes else (k, v)
 
 
@@ -68,8 +72,10 @@ def _tile(k_BKCH):
     return LANES if slots_on_lanes(k_BKCH) else 32 // k_BKCH.dtype.itemsize
 
 
-def _kernel(from_ref, to_ref, home_ref, _k_ref, _v_ref, k_ref, v_ref, source_ref, goal_ref, sem, *, M, tile, axis):
-    """Move the rows of one head. axis: of the slots in a tile. source_ref, goal_ref: tiles of K and V that rows come from and go to."""
+def _kernel(from_ref, to_ref, home_ref, _k_ref, _v_ref, *refs, M, tile, axis):
+    """Move the rows of one head. axis: of the slots in a tile. refs: K and V of a draft, if there is one, then of the cache; the tiles of
+    both that rows come from, and that they go to; a semaphore."""
+    *stored, source_ref, goal_ref, sem = refs
     b, k = pl.program_id(0), pl.program_id(1)
     first = (b * pl.num_programs(1) + k) * M
 
@@ -78,9 +84,9 @@ def _kernel(from_ref, to_ref, home_ref, _k_ref, _v_ref, k_ref, v_ref, source_ref
         return ref.at[b, k, :, here] if axis else ref.at[b, k, here]
 
     def copies(m, slot_ref, held_ref, back=False):
-        for i, ref in enumerate((k_ref, v_ref)):
-            stored, held = at(ref, slot_ref[first + m]), held_ref.at[i, m]
-            yield pltpu.make_async_copy(*((held, stored) if back else (stored, held)), sem)
+        for i, ref in enumerate(stored[:2] if held_ref is source_ref else stored[-2:]):
+            there, held = at(ref, slot_ref[first + m]), held_ref.at[i, m]
+            yield pltpu.make_async_copy(*((held, there) if back else (there, held)), sem)
 
     def each(do, own_tile=False):
         def body(m, _):

@@ -32,8 +32,8 @@ def arguments(a):
 
 
 def options(case):
-    """Return the static keyword arguments of the op."""
-    return case.options | {"page_size": case.page_size}
+    """Return the static keyword arguments of the op. Slots of a store are finite, as the library promises."""
+    return case.options | {"page_size": case.page_size, "finite": True}
 
 
 def floor_bytes(case):

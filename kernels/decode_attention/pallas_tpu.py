@@ -1,8 +1,8 @@
 """decode_attention for TPU (Mosaic): one pass over the pages that are read, with a running softmax.
 
 Grid (B, K, steps). A step holds the R = T * G query rows of one kv head (resident over all its steps), `n` pages of K
-and of V, each page an operand with its own index map, and the orders of their slots along the lanes. Accumulators
-(R, 1), (R, 1) and (R, H) in float32 stay in VMEM over the steps of a head.
+and of V, each page an operand with its own index map, and the orders of their slots along the lanes. The running
+softmax (kernels/running.py) stays in VMEM over the steps of a head.
 
 Which pages a step fetches is a scalar-prefetched table, so a page that is not selected is never read. Without page_BKM
 the pages are blocks of slots, one a step, and the table drops the blocks that hold no slot between the lowest lo and
@@ -26,12 +26,11 @@ import jax.numpy as jnp
 from tokeff.compat import pl, pltpu, tpu_params
 from tokeff.kernels.decode_attention.xla import take_orders
 from tokeff.kernels.rows import NOTHING, head_rows, round_up, token_rows, tokens
+from tokeff.kernels.running import LANES, Running, add, cleaned, finish, scratch, start, visible
 
-LANES = 128
 MAX_ROWS = 1024
 MAX_TABLE = 2**16  # page table entries; SMEM holds 1 MiB in all
 MAX_STEP = 2**19  # elements of a page of K, and of its scores: all of a step, twice, fits the 16 MiB of VMEM of a v5e
-LOW = -1e30  # running maximum before anything was seen: finite, so that it can be subtracted
 
 
 def refusal(q_BTNH, k_BKCH, v_BKCH, order_BKC, lo_BT, hi_BT, page_BKM=None, bias_BKC=None, *, page_size, scale, softcap, finite=False):
@@ -71,6 +70,7 @@ def run(
         page_BKM, order_BKX = _pad_pages(page_BKM, order_BKC, page_size, n)
     steps, on_lanes = page_BKM.shape[2] // n, slots_on_lanes(k_BKCH)
     k, v = (x.swapaxes(2, 3) if on_lanes else x for x in (k_BKCH, v_BKCH))
+    clean = not finite or k_BKCH.shape[2] % page_size > 0  # beyond the last slot lies anything
 
     def page_spec(i):
         def index(b, k, j, table_ref):
@@ -78,26 +78,26 @@ def run(
             page = jnp.where(entry < 0, ~entry, entry)
             return (b, k, 0, page) if on_lanes else (b, k, page, 0)
 
-        return pl.BlockSpec((1, 1, H, page_size) if on_lanes else (1, 1, page_size, H), index)
+        return pl.BlockSpec((None, None, H, page_size) if on_lanes else (None, None, page_size, H), index)
 
     def head_spec(width):
-        return pl.BlockSpec((1, 1, R, width), lambda b, k, j, _: (b, k, 0, 0))
+        return pl.BlockSpec((None, None, R, width), lambda b, k, j, _: (b, k, 0, 0))
 
     pages = [page_spec(i) for i in range(n)]
     out_BKRH, lse_BKR1 = pl.pallas_call(
-        partial(_kernel, n=n, on_lanes=on_lanes, scale=scale, softcap=softcap),
+        partial(_kernel, n=n, axis=int(on_lanes), clean=clean, scale=scale, softcap=softcap),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(B, K, steps),
             in_specs=[
-                pl.BlockSpec((1, R, 2), lambda b, k, j, _: (b, 0, 0)),
+                pl.BlockSpec((None, R, 2), lambda b, k, j, _: (b, 0, 0)),
                 head_spec(H),
-                pl.BlockSpec((1, 1, 1, n * page_size), lambda b, k, j, _: (b, k, 0, j)),
+                pl.BlockSpec((None, None, 1, n * page_size), lambda b, k, j, _: (b, k, 0, j)),
                 *pages,
                 *pages,
             ],
             out_specs=[head_spec(H), head_spec(1)],
-            scratch_shapes=[pltpu.VMEM((R, width), jnp.float32) for width in (1, 1, H)],
+            scratch_shapes=scratch(R, H),
         ),
         out_shape=[jax.ShapeDtypeStruct((B, K, R, H), q_BTNH.dtype), jax.ShapeDtypeStruct((B, K, R, 1), jnp.float32)],
         compiler_params=tpu_params("parallel", "parallel", "arbitrary"),
@@ -107,70 +107,25 @@ def run(
     return tokens(out_BKRH, T, N), tokens(lse_BKR1, T, N)[..., 0]
 
 
-def _kernel(table_ref, bounds_ref, q_ref, order_ref, *refs, n, on_lanes, scale, softcap):
-    """One step of one head. refs: n pages of K, n of V, then out, lse, and the running maximum, sum and output."""
-    k_refs, v_refs, (out_ref, lse_ref, top_ref, sum_ref, acc_ref) = refs[:n], refs[n : 2 * n], refs[2 * n :]
+def _kernel(table_ref, bounds_ref, q_ref, order_ref, *refs, n, axis, clean, scale, softcap):
+    """One step of one head. refs: n pages of K, n of V, then out, lse, and the running softmax. axis: of the slots in a page."""
+    k_refs, v_refs, (out_ref, lse_ref, *kept) = refs[:n], refs[n : 2 * n], refs[2 * n :]
     b, k, j = (pl.program_id(axis) for axis in range(3))
-    first = _entry(b, k, j, pl.num_programs(1), pl.num_programs(2)) * n
+    first, at = _entry(b, k, j, pl.num_programs(1), pl.num_programs(2)) * n, Running(*kept)
 
     @pl.when(j == 0)
     def _start():
-        top_ref[...] = jnp.full_like(top_ref, LOW)
-        sum_ref[...] = jnp.zeros_like(sum_ref)
-        acc_ref[...] = jnp.zeros_like(acc_ref)
+        start(at, bounds_ref[...])
 
     @pl.when(functools.reduce(jnp.logical_or, [table_ref[first + i] >= 0 for i in range(n)]))
     def _add_pages():
-        axis = 1 if on_lanes else 0  # of the slots
-        k, v = (jnp.concatenate([ref[0, 0] for ref in page], axis) for page in (k_refs, v_refs))
-        see_RX = visible(order_ref[0, 0], bounds_ref[0])
-        score_RX = masked_scores(q_ref[0, 0], k, axis, see_RX, scale, softcap)
-        top_R1 = jnp.maximum(top_ref[...], score_RX.max(1, keepdims=True))
-        p_RX = jnp.where(see_RX, jnp.exp(score_RX - top_R1), 0)
-        decay_R1 = jnp.exp(top_ref[...] - top_R1)
-        top_ref[...] = top_R1
-        sum_ref[...] = sum_ref[...] * decay_R1 + p_RX.sum(1, keepdims=True)
-        v = jnp.where(_seen(see_RX, axis, v), v, 0)  # 0 * NaN is NaN
-        acc_ref[...] = acc_ref[...] * decay_R1 + mxu(p_RX.astype(v.dtype), v, 1, axis)
+        k, v = (jnp.concatenate([ref[...] for ref in page], axis) for page in (k_refs, v_refs))
+        see_RX = visible(order_ref[...], at)
+        add(at, q_ref[...], k, cleaned(v, see_RX, axis) if clean else v, see_RX, axis, scale, softcap)
 
     @pl.when(j == pl.num_programs(2) - 1)
     def _finish():
-        some_R1 = sum_ref[...] > 0
-        sum_R1 = jnp.where(some_R1, sum_ref[...], 1)
-        out_ref[0, 0] = (acc_ref[...] / sum_R1).astype(out_ref.dtype)
-        lse_ref[0, 0] = jnp.where(some_R1, top_ref[...] + jnp.log(sum_R1), -jnp.inf)
-
-
-def visible(order_1X, bounds_R2):
-    """Return which slots each row sees: orders along the lanes against bounds along the sublanes."""
-    return (order_1X >= bounds_R2[:, :1]) & (order_1X <= bounds_R2[:, 1:])
-
-
-def masked_scores(q_RH, k, axis, see_RX, scale, softcap):
-    """Return float32 scores, LOW where a row does not see the slot (whatever NaN the slot held). axis: K's slots."""
-    score_RX = mxu(q_RH, k, 1, 1 - axis) * scale
-    if softcap:
-        score_RX = softcap * jnp.tanh(score_RX / softcap)
-    return jnp.where(see_RX, score_RX, LOW)
-
-
-def mxu(a, b, a_axis, b_axis):
-    """Contract one axis of each matrix into float32. float32 operands keep their precision (not one bfloat16 pass)."""
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    dims = (((a_axis,), (b_axis,)), ((), ()))
-    return jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
-
-
-def _seen(see_RX, axis, v):
-    """Return which slots some row sees, to broadcast against V, whose slots lie along `axis`.
-
-    The mask has its slots along the lanes. Where V has them along the sublanes, a product against ones counts the rows
-    in the layout of V: transposing a single row is awkward.
-    """
-    if axis == 1:
-        return see_RX.astype(jnp.float32).max(0, keepdims=True) > 0
-    ones_RH = jnp.ones((see_RX.shape[0], v.shape[1]), v.dtype)
-    return mxu(see_RX.astype(v.dtype), ones_RH, 0, 0) > 0
+        finish(at, out_ref, lse_ref)
 
 
 def _live_blocks(order_BKC, lo_BT, hi_BT, slots):

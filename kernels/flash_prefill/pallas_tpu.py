@@ -2,7 +2,7 @@
 
 Grid (B, K, row blocks, steps). A step holds `ROWS` of the R = T * G query rows of one kv head (the heads of a group read the
 same K, so they share its fetch), their bounds, and one block of `SLOTS` stored rows: K, V, and orders along the lanes. The running
-maximum, sum and output, (ROWS, 1), (ROWS, 1) and (ROWS, H) in float32, stay in VMEM over the steps of a row block.
+softmax (kernels/running.py) stays in VMEM over the steps of a row block.
 
 Which blocks pass by is a scalar-prefetched list for each row block: those with an order between the lowest lo and the highest
 hi of the row block (or a sink), so under a causal mask half of all blocks are neither read nor multiplied, and under a window all
@@ -22,8 +22,9 @@ import jax.numpy as jnp
 
 from tokeff.compat import pl, pltpu, tpu_params
 from tokeff.kernels.blocks import listed, seen_blocks
-from tokeff.kernels.decode_attention.pallas_tpu import LOW, MAX_TABLE, masked_scores, mxu, slots_on_lanes
+from tokeff.kernels.decode_attention.pallas_tpu import MAX_TABLE, slots_on_lanes
 from tokeff.kernels.rows import NOTHING, head_rows, round_up, token_rows, tokens
+from tokeff.kernels.running import Running, add, cleaned, finish, scratch, start, visible
 
 ROWS = 512
 SLOTS = 512  # (ROWS, SLOTS) float32 scores take 1 MiB, and a few of them are alive at a time
@@ -108,7 +109,7 @@ def _call(q_BTNH, lo_BT, hi_BT, k_BKCH, v_BKCH, order_BKC, order_BC, *, scale, s
                 stored,
             ],
             out_specs=[row_spec(H), row_spec(1)],
-            scratch_shapes=running(rows, H),
+            scratch_shapes=scratch(rows, H),
         ),
         out_shape=[jax.ShapeDtypeStruct((B, K, R, H), v.dtype), jax.ShapeDtypeStruct((B, K, R, 1), jnp.float32)],
         compiler_params=tpu_params("parallel", "parallel", "parallel", "arbitrary"),
@@ -119,33 +120,32 @@ def _call(q_BTNH, lo_BT, hi_BT, k_BKCH, v_BKCH, order_BKC, order_BC, *, scale, s
 
 
 def _kernel(
-    count_ref, block_ref, bounds_ref, q_ref, order_ref, k_ref, v_ref, out_ref, lse_ref, *refs,
+    count_ref, block_ref, bounds_ref, q_ref, order_ref, k_ref, v_ref, out_ref, lse_ref, *kept,
     axis, heads, tail, finite, scale, softcap, sinks,
 ):  # fmt: skip
     """One step of one row block. axis: of the slots in K and V. tail: rows there are, where the last block reaches beyond."""
     b, k, i, j = (pl.program_id(axis) for axis in range(4))
     place = entry(b, k, i, heads, pl.num_programs(2))
-    steps = pl.num_programs(3)
+    steps, at = pl.num_programs(3), Running(*kept)
 
     @pl.when(j == 0)
     def _start():
-        start(refs)
+        start(at, bounds_ref[...])
 
     @pl.when(j < count_ref[place])
     def _add_block():
-        order_1X, bounds_R2 = order_ref[...], bounds_ref[...]
-        see_RX = visible(order_1X, bounds_R2, sinks)
-        v = v_ref[...]
+        order_1X, v = order_ref[...], v_ref[...]
+        see_RX = visible(order_1X, at, sinks)
         if not finite:
-            v = jnp.where(seen_slots(see_RX, axis, v), v, 0)  # 0 * NaN is NaN
+            v = cleaned(v, see_RX, axis)
         elif tail is not None:
             first = block_ref[place * steps + j] * order_1X.shape[1]
             v = jnp.where(jax.lax.broadcasted_iota(jnp.int32, v.shape, axis) < tail - first, v, 0)
-        add(refs, q_ref[...], k_ref[...], v, see_RX, axis, scale, softcap)
+        add(at, q_ref[...], k_ref[...], v, see_RX, axis, scale, softcap)
 
     @pl.when(j == steps - 1)
     def _finish():
-        finish(refs, out_ref, lse_ref)
+        finish(at, out_ref, lse_ref)
 
 
 def entry(b, k, i, heads, blocks):
@@ -156,58 +156,3 @@ def entry(b, k, i, heads, blocks):
 def block_rows(R):
     """How many query rows of a kv head a block holds."""
     return min(ROWS, round_up(R, 16))
-
-
-def running(rows, H):
-    """Scratch of a running softmax: the largest score so far, the sum of exponentials and the output, each to be scaled by both."""
-    return [pltpu.VMEM((rows, width), jnp.float32) for width in (1, 1, H)]
-
-
-def start(refs):
-    """Nothing was seen yet."""
-    top_ref, sum_ref, acc_ref = refs
-    top_ref[...] = jnp.full_like(top_ref, LOW)
-    sum_ref[...] = jnp.zeros_like(sum_ref)
-    acc_ref[...] = jnp.zeros_like(acc_ref)
-
-
-def add(refs, q_RH, k, v, see_RX, axis, scale, softcap):
-    """Take a block of stored rows into the running softmax. V must be finite; what K holds where nobody looks is nothing."""
-    top_ref, sum_ref, acc_ref = refs
-    score_RX = masked_scores(q_RH, k, axis, see_RX, scale, softcap)
-    top_R1 = jnp.maximum(top_ref[...], score_RX.max(1, keepdims=True))
-    p_RX = jnp.where(see_RX, jnp.exp(score_RX - top_R1), 0)
-    decay_R1 = jnp.exp(top_ref[...] - top_R1)
-    top_ref[...] = top_R1
-    sum_ref[...] = sum_ref[...] * decay_R1 + p_RX.sum(1, keepdims=True)
-    acc_ref[...] = acc_ref[...] * decay_R1 + mxu(p_RX.astype(v.dtype), v, 1, axis)
-
-
-def finish(refs, out_ref, lse_ref):
-    """Write output and log-sum-exp: 0 and -inf for a row that saw nothing."""
-    top_ref, sum_ref, acc_ref = refs
-    some_R1 = sum_ref[...] > 0
-    sum_R1 = jnp.where(some_R1, sum_ref[...], 1)
-    out_ref[...] = (acc_ref[...] / sum_R1).astype(out_ref.dtype)
-    lse_ref[...] = jnp.where(some_R1, top_ref[...] + jnp.log(sum_R1), -jnp.inf)
-
-
-def visible(order_1X, bounds_R2, sinks=0):
-    """Which slots each row sees: orders along the lanes against bounds along the sublanes."""
-    lo_R1, hi_R1 = bounds_R2[:, :1], bounds_R2[:, 1:]
-    inside_RX = (order_1X >= lo_R1) & (order_1X <= hi_R1)
-    return inside_RX | ((order_1X >= 0) & (order_1X < sinks) & (order_1X <= hi_R1)) if sinks else inside_RX
-
-
-def seen_slots(see_RX, axis, v):
-    """Which slots some row sees, to broadcast against V, whose slots lie along `axis`.
-
-    The mask has its slots along the lanes. Where V has them along the sublanes, a product of one row of it against ones, both as
-    high as a tile, brings it into the layout of V: a sixteenth of what the product with V costs, or less.
-    """
-    seen_1X = see_RX.astype(jnp.float32).max(0, keepdims=True)
-    if axis == 1:
-        return seen_1X > 0
-    tile = 16
-    seen_tX = jnp.broadcast_to(seen_1X, (tile, seen_1X.shape[1])).astype(v.dtype)
-    return mxu(seen_tX, jnp.ones((tile, v.shape[1]), v.dtype), 0, 0) > 0

@@ -17,9 +17,10 @@ import jax
 import jax.numpy as jnp
 
 from tokeff.compat import pl, tpu_params
-from tokeff.kernels.decode_attention.pallas_tpu import mxu, slots_on_lanes
+from tokeff.kernels.decode_attention.pallas_tpu import slots_on_lanes
 from tokeff.kernels.page_scores.xla import best
 from tokeff.kernels.rows import head_rows, round_up
+from tokeff.kernels.running import mxu
 
 PAGES = 1024  # of a block: two summaries of 128 bfloat16 numbers take 512 KiB
 MAX_ROWS = 512  # query rows a kv head: their float32 bounds on a block take 2 MiB

@@ -21,8 +21,9 @@ import jax
 import jax.numpy as jnp
 
 from tokeff.compat import pl, pltpu, tpu_params
-from tokeff.kernels.decode_attention.pallas_tpu import LOW, MAX_TABLE, _entry, _table, mxu, visible
+from tokeff.kernels.decode_attention.pallas_tpu import MAX_TABLE, _entry, _table
 from tokeff.kernels.rows import NOTHING, head_rows, round_up, token_rows, tokens
+from tokeff.kernels.running import LOW, mxu
 
 PAGES = 128  # of a block: one lane each
 MAX_SCORES = 2**13  # rows of a page times query rows: their float32 scores take 4 MiB
@@ -123,7 +124,8 @@ def _kernel(table_ref, bounds_ref, q_ref, order_ref, k_ref, v_ref, k_zero_ref, k
         acc_ref[...] = jnp.zeros_like(acc_ref)
 
     def see(row):
-        return visible(order_ref[0, 0, pl.ds(row, 1)], bounds_ref[0])
+        order_1P, bounds_R2 = order_ref[0, 0, pl.ds(row, 1)], bounds_ref[0]
+        return (order_1P >= bounds_R2[:, :1]) & (order_1P <= bounds_R2[:, 1:])
 
     def add_scores(row, top_R1):
         byte_ZP, score_RP = k_ref[0, 0, row].astype(jnp.int32), 0.0

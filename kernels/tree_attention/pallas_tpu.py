@@ -17,9 +17,10 @@ import jax.numpy as jnp
 
 from tokeff.compat import pl, pltpu, tpu_params
 from tokeff.kernels.blocks import listed, seen_blocks
-from tokeff.kernels.decode_attention.pallas_tpu import LANES, MAX_ROWS, MAX_TABLE, _block_slots, slots_on_lanes
-from tokeff.kernels.flash_prefill.pallas_tpu import add, finish, running, seen_slots, start, unfit, visible
+from tokeff.kernels.decode_attention.pallas_tpu import MAX_ROWS, MAX_TABLE, _block_slots, slots_on_lanes
+from tokeff.kernels.flash_prefill.pallas_tpu import unfit
 from tokeff.kernels.rows import NOTHING, head_rows, round_up, token_rows, tokens
+from tokeff.kernels.running import LANES, Running, add, cleaned, finish, scratch, start, visible
 
 MAX_DRAFT = 512  # rows of a draft: (MAX_ROWS, MAX_DRAFT) scores and mask take 2 MiB each
 
@@ -83,7 +84,7 @@ def run(
                 head_spec(W, H), head_spec(W, H),
             ],
             out_specs=[head_spec(R, H), head_spec(R, 1)],
-            scratch_shapes=running(R, H),
+            scratch_shapes=scratch(R, H),
         ),
         out_shape=[jax.ShapeDtypeStruct((B, K, R, H), q_BTNH.dtype), jax.ShapeDtypeStruct((B, K, R, 1), jnp.float32)],
         compiler_params=tpu_params("parallel", "parallel", "arbitrary"),
@@ -103,26 +104,25 @@ def mask_rows(among_BTW, G, R, W):
 
 
 def _kernel(
-    count_ref, block_ref, bounds_ref, among_ref, q_ref, order_ref, k_ref, v_ref, kd_ref, vd_ref, out_ref, lse_ref, *refs,
+    count_ref, block_ref, bounds_ref, among_ref, q_ref, order_ref, k_ref, v_ref, kd_ref, vd_ref, out_ref, lse_ref, *kept,
     axis, clean, scale, softcap,
 ):  # fmt: skip
     """One step of one head. axis: of the slots in K and V of the cache. clean: V may hold NaN where nobody looks."""
     b, k, j = (pl.program_id(axis) for axis in range(3))
-    count = count_ref[b * pl.num_programs(1) + k]
+    count, at = count_ref[b * pl.num_programs(1) + k], Running(*kept)
 
     @pl.when(j == 0)
     def _start():
-        start(refs)
+        start(at, bounds_ref[...])
 
     @pl.when(j < count)
     def _add_block():
-        see_RX = visible(order_ref[...], bounds_ref[...])
-        v = jnp.where(seen_slots(see_RX, axis, v_ref[...]), v_ref[...], 0) if clean else v_ref[...]  # 0 * NaN is NaN
-        add(refs, q_ref[...], k_ref[...], v, see_RX, axis, scale, softcap)
+        see_RX = visible(order_ref[...], at)
+        v = cleaned(v_ref[...], see_RX, axis) if clean else v_ref[...]
+        add(at, q_ref[...], k_ref[...], v, see_RX, axis, scale, softcap)
 
     @pl.when(j == pl.num_programs(2) - 1)
     def _add_draft():
         see_RW = among_ref[...] > 0
-        v = jnp.where(seen_slots(see_RW, 0, vd_ref[...]), vd_ref[...], 0)
-        add(refs, q_ref[...], kd_ref[...], v, see_RW, 0, scale, softcap)
-        finish(refs, out_ref, lse_ref)
+        add(at, q_ref[...], kd_ref[...], cleaned(vd_ref[...], see_RW, 0), see_RW, 0, scale, softcap)
+        finish(at, out_ref, lse_ref)

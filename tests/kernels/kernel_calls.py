@@ -56,7 +56,7 @@ def biased(case):
 def attention_call(case, a):
     """Return (arrays in the order implementations take, static options)."""
     positional, keys = decode_attention_cases.arguments(a)
-    return (*positional, keys.get("page_BKM"), keys.get("bias_BKC")), decode_attention_cases.options(case)
+    return (*positional, keys.get("page_BKM"), keys.get("bias_BKC")), decode_attention_cases.options(case) | {"finite": False}
 
 
 def mass_call(case, a):

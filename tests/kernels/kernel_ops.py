@@ -9,16 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from kernel_calls import naive_attention
 
-from tokeff.kernels import (
-    bipartite_match,
-    compact_rows,
-    dispatch,
-    k_centre,
-    lowrank_scores,
-    page_scores,
-    quant_decode,
-    shared_prefix,
-)
+from tokeff.kernels import dispatch
+from tokeff.kernels.bench import OPS as BENCHED
 from tokeff.kernels.bipartite_match import cases as bipartite_cases
 from tokeff.kernels.compact_rows import cases as compact_cases
 from tokeff.kernels.k_centre import cases as centre_cases
@@ -27,15 +19,7 @@ from tokeff.kernels.page_scores import cases as page_cases
 from tokeff.kernels.quant_decode import cases as quant_cases
 from tokeff.kernels.shared_prefix import cases as prefix_cases
 
-PUBLIC = {
-    "quant_decode": (quant_decode, quant_cases),
-    "page_scores": (page_scores, page_cases),
-    "compact_rows": (compact_rows, compact_cases),
-    "lowrank_scores": (lowrank_scores, lowrank_cases),
-    "shared_prefix": (shared_prefix, prefix_cases),
-    "bipartite_match": (bipartite_match, bipartite_cases),
-    "k_centre": (k_centre, centre_cases),
-}
+PUBLIC = {op: (public, cases) for op, (cases, public, *_) in BENCHED.items()}
 SMALL = {
     "quant_decode": (
         quant_cases.Case("int4", B=2, T=3, N=6, K=2, C=40, H=32, page_size=8, group=16),
@@ -50,6 +34,8 @@ SMALL = {
     "compact_rows": (
         compact_cases.Case("slots_on_lanes", B=1, N=2, K=2, C=256, H=16, M=9),
         compact_cases.Case("rows", B=2, N=2, K=2, C=48, H=128, M=12),
+        compact_cases.Case("draft", B=2, N=2, K=2, C=256, H=16, M=5, W=7),
+        compact_cases.Case("draft_wide", N=2, K=2, C=48, H=128, M=9, W=20),
     ),
     "lowrank_scores": (
         lowrank_cases.Case("tree", B=2, T=2, N=6, K=2, C=45, H=32, M=3, page_size=4, rank=7),
@@ -86,11 +72,13 @@ def poisoned(op, case, seed=0, bad=np.nan):
     return a
 
 
-def public(op, case, a, implementation=None, mesh=None):
-    """Call the op as a user does; a tuple of what it returns."""
+def public(op, case, a, implementation=None, mesh=None, **more):
+    """Call the op as a user does, with `more` options changed, and nothing promised else; a tuple of what it returns."""
     f, cases = PUBLIC[op]
     positional, keys = cases.arguments(a)
-    out = f(*positional, **keys, **cases.options(case), implementation=implementation, mesh=mesh)
+    options = cases.options(case)
+    options |= ({"finite": False} if "finite" in options else {}) | more
+    out = f(*positional, **keys, **options, implementation=implementation, mesh=mesh)
     return out if isinstance(out, tuple) else (out,)
 
 
@@ -98,7 +86,7 @@ class Recorded(Exception):
     """What an op would have dispatched."""
 
 
-def internal(op, case, a):
+def internal(op, case, a, **more):
     """Return (the op, its arrays in the order implementations take, static options)."""
 
     def record(spec, implementation, mesh, arrays, **options):
@@ -106,7 +94,7 @@ def internal(op, case, a):
 
     with mock.patch.object(dispatch, "call", record):
         try:
-            public(op, case, a)
+            public(op, case, a, **more)
         except Recorded as call:
             return call.args
     raise AssertionError(f"{op} dispatched nothing")
@@ -154,7 +142,7 @@ def _naive_rows(case, a):
     for b, head, m in np.ndindex(a["from"].shape):
         source, goal = a["from"][b, head, m], a["to"][b, head, m]
         if source >= 0 and goal >= 0:
-            k[b, head, goal], v[b, head, goal] = a["k"][b, head, source], a["v"][b, head, source]
+            k[b, head, goal], v[b, head, goal] = (a[f"{x}_draft" if case.W else x][b, head, source] for x in "kv")
     return k, v
 
 

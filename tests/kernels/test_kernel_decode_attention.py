@@ -6,8 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from kernel_calls import PAGED, SMALL, assert_close, attention_call, biased, naive_attention, params, ragged
 
 from tokeff.kernels import cases as kernel_cases
@@ -20,7 +18,7 @@ pytestmark = pytest.mark.core
 
 def attend(case, a, implementation=None, **more):
     positional, keys = cases.arguments(a)
-    return decode_attention(*positional, **keys, **cases.options(case), implementation=implementation, **more)
+    return decode_attention(*positional, **keys, **(cases.options(case) | {"finite": False} | more), implementation=implementation)
 
 
 @pytest.mark.parametrize("case", params(SMALL + PAGED))
@@ -50,18 +48,6 @@ def test_bias_is_added_to_the_scores(case):
 def test_kernels_leave_a_bias_to_xla(implementation):
     with pytest.raises(ValueError, match="a bias of stored rows"):
         attend(SMALL[0], biased(SMALL[0]), implementation)
-
-
-@settings(max_examples=10, deadline=None, derandomize=True)
-@given(
-    G=st.integers(1, 4), K=st.integers(1, 3), T=st.integers(1, 5), C=st.integers(1, 33), M=st.integers(0, 4),
-    page_size=st.sampled_from([1, 2, 5]), seed=st.integers(0, 99),
-)  # fmt: skip
-def test_xla_equals_reference_on_random_shapes(G, K, T, C, M, page_size, seed):
-    M = min(M, -(-C // page_size))
-    case = Case("random", B=2, T=T, N=G * K, K=K, C=C, H=8, M=M, page_size=page_size)
-    a = ragged(case, seed)
-    assert_close(attend(case, a, "xla"), attend(case, a, "reference"), "float32")
 
 
 def test_automatic_choice_is_xla_on_cpu_and_repeats_bit_for_bit():

@@ -13,6 +13,7 @@ import pytest
 from kernel_calls import PAGED, SMALL, WIDE, WIDE_PAGED, assert_close, attention_call, mass_call, params, ragged
 
 from tokeff.compat import interpret_tpu, races_found
+from tokeff.kernels import cases
 from tokeff.kernels.cases import Case
 from tokeff.kernels.column_mass import pallas_gpu as mass_gpu
 from tokeff.kernels.column_mass import pallas_tpu as mass_tpu
@@ -23,6 +24,7 @@ pytestmark = pytest.mark.interp
 
 BOTH = ("float32", "bfloat16")
 TPU_PAGED = (PAGED[3], WIDE_PAGED)
+PROMPT = Case("prompt", T=70, N=2, K=1, C=300, H=16, ascending=True)
 LONG = Case("long", N=2, K=1, C=1100, H=16)  # more than one block of slots, the last one cut
 
 
@@ -67,6 +69,27 @@ def test_decode_attention_tpu_has_no_races_and_stays_in_bounds(case):
 def test_column_mass_tpu_has_no_races_and_stays_in_bounds(case):
     check(mass_call, mass_tpu, mass_reference, case, interpret_tpu())
     assert not races_found()
+
+
+@pytest.mark.parametrize("case", [SMALL[3], PROMPT], ids=lambda case: case.name)
+def test_column_mass_tpu_in_many_blocks(case, monkeypatch):
+    """Several blocks of rows add to one row of mass; those before and behind what they see name the nearest that they do."""
+    monkeypatch.setattr(mass_tpu, "ROWS", 32)
+    monkeypatch.setattr(mass_tpu, "_block_slots", lambda C, R: min(C, 128))
+    a = cases.arrays(case, empty=0.2, bad=np.nan) if case.ascending else ragged(case)
+    arrays, options = mass_call(case, a)
+    got = mass_tpu.run(*arrays, **options, interpret=interpret_tpu())
+    assert not races_found()
+    assert_close(got, mass_reference.run(*arrays, **options), "float32")
+
+
+def test_ranges_of_blocks_are_those_that_are_seen():
+    order_BKC = jnp.arange(40)[None, None].at[:, :, 30:].set(-1)
+    lo_BR, hi_BR = jnp.array([[0, 0, 12, 12, 5, 5]]), jnp.array([[3, 9, 21, 20, 4, 4]])  # the last two rows see nothing
+    (low, high, lo, hi), (first, last) = mass_tpu._ranges(order_BKC, lo_BR, hi_BR, 8, 2)
+    assert (low[0, 0].tolist()[:4], high[0, 0].tolist()) == ([0, 8, 16, 24], [7, 15, 23, 29, -1])
+    assert (lo[0].tolist()[:2], hi[0].tolist()) == ([0, 12], [9, 21, -2])
+    assert (first[0, 0].tolist(), last[0, 0].tolist()) == ([0, 1, 0], [1, 2, 0])
 
 
 def test_blocks_nobody_can_see_are_not_fetched():

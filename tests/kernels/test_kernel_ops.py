@@ -20,6 +20,7 @@ from kernel_ops import OPS, PUBLIC, SMALL, both, internal, naive, poisoned, publ
 from tokeff.collectives import collectives
 from tokeff.compat import interpret_tpu, races_found
 from tokeff.kernels.bench import bench
+from tokeff.kernels.lowrank_scores.pallas_tpu import cos_sin
 
 BF16 = ("int4", "mean_wide", "rows", "tree", "blocks")  # cases whose TPU kernel also runs in bfloat16, where tiles are others
 PLAIN = ("tree", "groups", "all")  # those that plain interpretation and their neighbours cover; races take some ten times longer
@@ -196,6 +197,18 @@ def test_gradients_equal_the_references_where_slots_hold_nan(op):
     got = gradients(lambda *arrays: kernel_ops.dispatch.call(spec, None, None, arrays, **options), given)
     assert all(jnp.isfinite(x).all() for x in got)
     assert_close(got, gradients(partial(spec.run["reference"], **options), plain), "float32")
+
+
+@pytest.mark.core
+def test_sine_and_cosine_of_large_angles():
+    """Without what a compiler may fuse, as on a TPU: one operation at a time."""
+    rng = np.random.default_rng(0)
+    angle = np.concatenate([most * rng.random(2000) * sign for most in (1.0, 1000, 131_072, 200_000) for sign in (1, -1)])
+    angle = np.concatenate([angle, np.floor(angle)]).astype(np.float32)
+    with jax.disable_jit():
+        got = cos_sin(jnp.asarray(angle))
+    for x, f in zip(got, (np.cos, np.sin), strict=True):
+        np.testing.assert_allclose(x, f(angle.astype(np.float64)), atol=1.2e-7, rtol=0)
 
 
 REFUSED = (

@@ -34,7 +34,7 @@ def place(mesh, a):
 
 def attend(case, a, mesh, implementation=None):
     positional, keys = attention_cases.arguments(a)
-    options = attention_cases.options(case)
+    options = attention_cases.options(case) | {"finite": False}
     return decode_attention(*positional, **keys, **options, mesh=mesh, implementation=implementation)
 
 

@@ -4,8 +4,10 @@ import os
 import subprocess
 import sys
 
+import jax
 import pytest
 
+from tokeff.compat import pl
 from tokeff.kernels import static, table
 from tokeff.kernels.bench import OPS
 
@@ -53,6 +55,19 @@ def test_spills_are_read_off_a_table_of_units():
     assert static.spills(head + "0 1 2 0 0 0\n1 0 0 0 1 2\n") == 3
     assert static.grown("bundles", 106, 100) and not static.grown("bundles", 105, 100)
     assert static.grown("spills", 9, 0) and not static.grown("spills", 8, 0)
+
+
+@pytest.mark.core
+def test_steps_of_a_grid_count_as_often_as_its_loop_turns():
+    def copy(x_ref, out_ref):
+        out_ref[...] = x_ref[...]
+
+    def call(x):
+        at = pl.BlockSpec((8, 128), lambda i, j: (i, j))
+        return pl.pallas_call(copy, grid=(3, 2), in_specs=[at], out_specs=at, out_shape=jax.ShapeDtypeStruct((24, 256), "float32"))(x)
+
+    f = jax.jit(lambda x: jax.lax.map(jax.jit(call), x))
+    assert static.steps(f.trace(jax.ShapeDtypeStruct((5, 24, 256), "float32")).jaxpr.jaxpr) == 30
 
 
 @pytest.mark.core

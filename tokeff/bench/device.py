@@ -1,16 +1,18 @@
 """Every kernel on the device of this machine: `make gpu`, `make tpu`, or python -m tokeff.bench.device --platform gpu
 
 Each op has two parts. `check-<op>` runs all its cases against the float32 definition (`tokeff.kernels.check`), `bench-<op>` times them
-(`tokeff.kernels.bench`). Rows go to benchmarks/<device kind>.json as they come. What is done stands beside it, in <device kind>.parts.json,
-and is not done again: run the same command once more after an interruption, or when a machine is lent for some minutes at a time. A part
-is a process of its own that ends after at most 8 minutes, so a kernel that hangs or crashes costs its case and no other.
+(`tokeff.kernels.bench`). A last part, `model-end-to-end`, runs a model with the kernels and without (`tokeff.bench.end_to_end`). Rows go
+to benchmarks/<device kind>.json as they come. What is done stands beside it, in <device kind>.parts.json, and is not done again: run the
+same command once more after an interruption, or when a machine is lent for some minutes at a time. A part is a process of its own that
+ends after at most 8 minutes, so a kernel that hangs or crashes costs its case and no other.
 
-Nothing but jax needs to be installed.
+Nothing but jax needs to be installed. The last part, which is a model, needs what tokeff needs, and is left out where that is not there.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import shlex
 import subprocess
 import sys
@@ -27,7 +29,10 @@ from tokeff.kernels.check import check
 
 SECONDS = 480  # of a part
 LAST_START = 240  # seconds after which a part begins no further case, and leaves the rest to the next process
-WHAT = {"check": "checks", "bench": "kernels"}  # the entry of the file that each kind of part fills
+WHAT = {"check": "checks", "bench": "kernels", "model": "end-to-end"}  # the entry of the file that each kind of part fills
+MODEL = "model-end-to-end"
+SETTINGS = ("prefill", "dense", "pages", "int8", "int4", "tree")  # of the model, as `tokeff.bench.end_to_end` has them
+NEEDED = ("flax", "safetensors", "tokenizers", "tqdm")  # by the model, beside jax
 PROBE = "import jax; print(jax.default_backend(), jax.devices()[0].device_kind, sep='|')"
 INSTALL = {"gpu": "pip install 'jax[cuda13]'", "tpu": "pip install 'jax[tpu]'", "cpu": "unset JAX_PLATFORMS"}
 
@@ -76,13 +81,20 @@ def _parse(args: Sequence[str]) -> argparse.Namespace:
 
 
 def parts(known: argparse.Namespace) -> dict[str, list[str]]:
-    """{part: names of its cases}: every check before every timing."""
+    """{part: names of its cases}: every check before every timing, and the model where no ops or cases were named."""
     chosen = {}
     for op in known.ops:
         cases = bench.OPS[op][0].CPU if known.platform == "cpu" and not known.cases else bench.OPS[op][0].CASES
         if names := [case.name for case in cases if not known.cases or case.name in known.cases]:
             chosen[op] = names
-    return {f"{what}-{op}": names for what in WHAT for op, names in chosen.items()}
+    found = {f"{what}-{op}": names for what in ("check", "bench") for op, names in chosen.items()}
+    whole = known.ops == sorted(bench.OPS) and not known.cases and not absent()
+    return {**found, MODEL: [*SETTINGS]} if whole else found
+
+
+def absent() -> list[str]:
+    """Packages that the model needs and that are not installed."""
+    return [name for name in NEEDED if importlib.util.find_spec(name) is None]
 
 
 def _all(known: argparse.Namespace, args: Sequence[str]) -> int:
@@ -103,6 +115,8 @@ def _all(known: argparse.Namespace, args: Sequence[str]) -> int:
             _spawn(part, state, args)
     found = {(part, name): state.of(part)["cases"].get(name, "not done") for part, names in parts(known).items() for name in names}
     bad = [f"{part} {name}: {said}" for (part, name), said in found.items() if said not in ("passed", "not done")]
+    if absent():
+        print(f"{MODEL} was left out: it needs {', '.join(absent())}; pip install . and run again")
     print(f"{sum(said == 'passed' for said in found.values())} of {len(found)} passed; results: {path}", *bad, sep="\n")
     return 1 if bad else 0
 
@@ -147,8 +161,7 @@ def _inside(known: argparse.Namespace, args: Sequence[str]) -> int:
             break
         state.of(known.inside)["running"] = name
         state.save()
-        case = next(case for case in bench.OPS[op][0].CASES if case.name == name)
-        row, said = _case(what, op, case, known)
+        row, said = _case(what, op, name, known)
         print(f"  {name}: {said}", flush=True)
         if row is not None:
             _merge(path, WHAT[what], row | {"commit": environment["commit"], "jax": jax.__version__}, environment)
@@ -158,9 +171,12 @@ def _inside(known: argparse.Namespace, args: Sequence[str]) -> int:
     return 0
 
 
-def _case(what: str, op: str, case: Any, known: argparse.Namespace) -> tuple[dict[str, Any] | None, str]:
+def _case(what: str, op: str, name: str, known: argparse.Namespace) -> tuple[dict[str, Any] | None, str]:
     """(row, 'passed' or what is wrong) of one case; no row where it raised."""
     try:
+        if what == "model":
+            return _setting(name, known), "passed"
+        case = next(case for case in bench.OPS[op][0].CASES if case.name == name)
         if what == "bench":
             return bench.bench(op, [case], known.implementation, known.rounds)[0], "passed"
         row = check(op, case, known.implementation)
@@ -168,6 +184,15 @@ def _case(what: str, op: str, case: Any, known: argparse.Namespace) -> tuple[dic
         return None, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     told = ("error", "poisoned_error", "swapped", "repeats")
     return row, "passed" if row["passed"] else ", ".join(f"{name} {row[name]}" for name in told)
+
+
+def _setting(name: str, known: argparse.Namespace) -> dict[str, Any]:
+    """The row of one setting of a model with random weights."""
+    from tokeff.bench import end_to_end
+    from tokeff.models.config import Precision
+
+    m = end_to_end.random_model(end_to_end.here(end_to_end.SHAPES), Precision.default())
+    return end_to_end.row(m, name, end_to_end.here(end_to_end.CONTEXTS), rounds=known.rounds)
 
 
 def _merge(path: Path, entry: str, row: dict[str, Any], environment: dict[str, Any]) -> None:
