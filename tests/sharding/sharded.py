@@ -1,5 +1,7 @@
 """The tiny model of `tiny` with more heads, 8 ragged prompts, and whole generations on and off a mesh."""
 
+import dataclasses
+import inspect
 from functools import cache
 
 import jax
@@ -11,6 +13,7 @@ import tiny
 from tokeff import sharding
 from tokeff.collectives import Collective, collectives
 from tokeff.decode.draft import Drafter
+from tokeff.decode.draft_model import OwnModel
 from tokeff.decode.loop import Decoding, run
 from tokeff.generation import Setup, go, read, start
 from tokeff.kv.prefill import Prompt
@@ -21,15 +24,8 @@ from tokeff.models.load import Model
 LENGTHS = (64, 51, 60, 64, 43, 64, 57, 64)
 NEW = 12
 HALF = ((0, 2, 3, 7),)  # of 8 kv heads: two classes that a mesh of 4 divides
-METHODS = {m.name: m for m in methods() if m.bare}
-
-
-def ordinary(m) -> bool:
-    """Whether it decodes by the ordinary loop of the whole model, whose collectives can be counted."""
-    return m.part != "decode" or (type(made := m.make()).drive is Drafter.drive and not made.own_layers)
-
-
-ORDINARY = tuple(name for name, m in METHODS.items() if ordinary(m))
+METHODS = {m.name: m for m in methods()}
+ACTIVE = {"chunk": 8, "head": 4, "question": 8, "budget": 0.25, "sure": 0.2}  # settings of drafters with a model of their own
 
 
 def named(*names: str) -> list:
@@ -42,17 +38,43 @@ def setup(name: str) -> Setup:
     if "+" in name:
         policy, drafter = (METHODS[part] for part in name.split("+"))
         return Setup(kv=policy.make(**tiny.fast(policy)), decode=drafter.make(**tiny.settings(drafter)))
-    given = tiny.settings(METHODS[name])
+    given, known = tiny.settings(METHODS[name]), inspect.signature(METHODS[name].make).parameters
     given |= {"heads": HALF} if "heads" in given else {}
+    given |= {"cost": ((1, 1.0), (64, 1.01))} if "cost" in known else {}  # drafts pay
+    if "cfg" in known:
+        given |= {"cfg": small(config(8))} | {key: value for key, value in ACTIVE.items() if key in known}
     return Setup(**{METHODS[name].part: METHODS[name].make(**given)})
+
+
+def ordinary(name: str) -> bool:
+    """Whether it decodes by the ordinary loop of the whole model and nothing else, so that the sums in it are known."""
+    drafter = setup(name).decode
+    return type(drafter).drive is Drafter.drive and not drafter.own_layers and not isinstance(drafter, OwnModel)
+
+
+def config(K: int) -> Config:
+    """K kv heads with two query heads each."""
+    return Config("tiny", V=64, D=32, F=48, L=3, N=2 * K, K=K, H=8, max_len=256, tied=False)
+
+
+def small(cfg: Config) -> Config:
+    """The first layers as a model of their own: what drafters run that run one."""
+    return dataclasses.replace(cfg, name="small", L=2, windows=())
 
 
 @cache
 def model(K: int) -> Model:
-    """A float32 model of K kv heads with two query heads each."""
-    cfg = Config("tiny", V=64, D=32, F=48, L=3, N=2 * K, K=K, H=8, max_len=256, tied=False)
-    params = jax.tree.map(lambda x: jnp.asarray(x, "float32"), tiny.weights(cfg)[0])
-    return Model(cfg, params, None, Precision(), "tiny")
+    """A float32 model of K kv heads, and beside it the one that drafts."""
+    params = jax.tree.map(lambda x: jnp.asarray(x, "float32"), tiny.weights(config(K))[0])
+    m, lower = Model(config(K), params, None, Precision(), "tiny"), params.replace(blocks=params.blocks[: small(config(K)).L])
+    return m.attach(**dict.fromkeys(parts_wanted(), lower))
+
+
+@cache
+def parts_wanted() -> tuple[str, ...]:
+    """Under which names drafters look for a model of their own."""
+    made = [setup(name).decode for name, m in METHODS.items() if m.part == "decode"]
+    return tuple(sorted({drafter.name for drafter in made if isinstance(drafter, OwnModel)}))
 
 
 @cache
@@ -97,8 +119,10 @@ def begun_apart(name: str) -> tuple[Prompt, Decoding]:
 
 def generated(m: Model, name: str, rows=None) -> tuple[Prompt, Decoding]:
     """(the prefilled prompts, the state after NEW tokens)."""
-    if rows is None and m is placed(8, 2, 4) and type(setup(name).decode).drive is Drafter.drive:
+    if rows is None and m is placed(8, 2, 4):
         prompt, s = begun_apart(name)
+        if type(setup(name).decode).drive is not Drafter.drive:
+            return prompt, driven(name)[0]
         return prompt, loop(name)(m.params, jax.tree.map(jnp.copy, s), jnp.int32(NEW))  # what `go` would compile again
     prompt, s = begun(m, name, rows)
     return prompt, go(m, s, setup(name), NEW, ())
@@ -113,10 +137,40 @@ def loop(name: str) -> jax.stages.Compiled:
         return run.lower(m.params, m.cfg, begun_apart(name)[1], jnp.int32(NEW), **args).compile()
 
 
+class Recorded:
+    """A jitted function that keeps the text of each program it runs; inside another one it is traced as ever."""
+
+    def __init__(self, function, texts: dict[str, None]):
+        self.function, self.texts = function, texts
+
+    def __call__(self, *args, **named):
+        if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((args, named))):
+            self.texts[self.function.lower(*args, **named).compile().as_text()] = None
+        return self.function(*args, **named)
+
+
+@cache
+def driven(name: str) -> tuple[Decoding, list[str]]:
+    """(the state after NEW tokens, the compiled text of what ran) of a drafter that drives the loop itself, on data=2 x model=4."""
+    m, parts, texts = placed(8, 2, 4), setup(name), {}
+    with pytest.MonkeyPatch.context() as patch:
+        for module in {inspect.getmodule(run), inspect.getmodule(type(parts.decode))}:
+            for key, value in list(vars(module).items()):
+                if isinstance(value, type(run)):
+                    patch.setattr(module, key, Recorded(value, texts))
+        return go(m, jax.tree.map(jnp.copy, begun_apart(name)[1]), parts, NEW, ()), list(texts)
+
+
 @cache
 def sent(name: str) -> tuple[list[Collective], Decoding]:
-    """(every collective of that loop, the state that goes into it)."""
-    return collectives(loop(name).as_text()), begun_apart(name)[1]
+    """(every collective of that loop, or of the programs that a drafter runs which drives it itself, the state that goes in)."""
+    alone = type(setup(name).decode).drive is Drafter.drive
+    texts = [loop(name).as_text()] if alone else driven(name)[1]
+    return [c for text in texts for c in collectives(text)], begun_apart(name)[1]
+
+
+ORDINARY = tuple(name for name in METHODS if ordinary(name))
+DRAFTERS = tuple(name for name in METHODS if not ordinary(name))
 
 
 @cache

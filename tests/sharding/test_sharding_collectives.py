@@ -11,8 +11,9 @@ from tokeff.decode.loop import run
 
 pytestmark = pytest.mark.core
 
-LAYERS = sharded.model(8).cfg.L
+LAYERS = sharded.config(8).L
 ALWAYS = 3  # beside the activations: the arg-max over the split vocabulary (value, then index), and whether all rows are done
+SMALL = 17  # all of those together of a drafter that runs layers; SWIFT has most, which also searches
 # Methods whose formula crosses heads or that ask a question of the whole batch. Everything else sends nothing of its own.
 EXTRA = {
     "StreamingLLM": 2,  # is any sequence full? and the orders of one head, from which positions are counted
@@ -35,21 +36,22 @@ EXTRA = {
     "HiP": 1,  # does any sequence choose anew?
     "LServe": 1,
     "Recycled": 1,
+    "SpAttenHeads": 6 * (LAYERS - 1),  # which heads are left of a layer, their queries, keys and values to where these lie, and back
     "FFN-SkipLLM": 2,  # may all rows go without? in each layer between the cold ones
     "TokenRecycling": 2,  # the best successors of each part of the vocabulary: values and indices
 }
 
 
 def cache_arrays(s) -> list[jax.Array]:
-    """The arrays that hold the prompt's rows: keys, values, or what stands for them."""
+    """The arrays that hold the prompt's rows, a drafter's own among them: keys, values, or what stands for them."""
     stored = ("k_BKCH", "v_BKCH", "k_BPRH", "v_BPRH", "v_BKSH", "low_BSY", "low_BCY", "code_BKPRZ", "outlier_BKPRX", "k_JKCH", "v_JKCH")
-    named = [(path[-1].name, x) for path, x in jax.tree_util.tree_leaves_with_path(s.layers)]
+    named = [(getattr(path[-1], "name", ""), x) for path, x in jax.tree_util.tree_leaves_with_path((s.layers, s.drafter))]
     return [x for name, x in named if name in stored and x.nbytes > max(x.nbytes for _, x in named) / 2]
 
 
 def split(found: list[Collective], s) -> tuple[list[Collective], list[Collective]]:
     """(activations (B, T, D) added up over the model axis, everything else)."""
-    T, D = s.accepted.path_BW.shape[1], sharded.model(8).cfg.D
+    T, D = s.accepted.path_BW.shape[1], sharded.config(8).D
     rows = len(sharded.LENGTHS) // 2
     wanted = {f"f32[{rows},{T},{D}]", f"f32[{rows * T},{D}]", f"f32[{D},{rows},{T}]"}  # the last: products with the weight on the left
     sums = [c for c in found if c.kind == "all-reduce" and c.shape in wanted]
@@ -68,7 +70,20 @@ def test_collectives(name):
     assert all(c.bytes < smallest for c in others), others
 
 
-@pytest.mark.parametrize("name", sharded.named(*sharded.ORDINARY))
+@pytest.mark.parametrize("name", sharded.named(*sharded.DRAFTERS))
+def test_collectives_of_drafters_that_run_layers(name):
+    """Sums of activations and, however many layers there are, so many small ones to name drafts, to judge them and to end; nothing as
+    large as a layer's keys on one device."""
+    found, s = sharded.sent(name)
+    D = sharded.config(8).D
+    others = [c for c in found if not (c.kind == "all-reduce" and (f",{D}]" in c.shape or f"[{D}," in c.shape))]
+    assert ALWAYS <= len(others) <= SMALL, others
+    assert {c.kind for c in found} <= {"all-gather", "all-reduce"}
+    smallest = min(x.addressable_shards[0].data.nbytes for x in cache_arrays(s))
+    assert all(c.bytes < smallest for c in found), found
+
+
+@pytest.mark.parametrize("name", sharded.named(*sharded.METHODS))
 def test_every_array_lies_where_its_name_says(name):
     """The compiled loop keeps the layout: what the caches held on one device after `start` is their share, and no more."""
     _, s = sharded.sent(name)

@@ -1,4 +1,6 @@
-"""Generation on a mesh equals generation on one device: text, kept rows and caches, for every listed method."""
+"""Generation on a mesh equals generation on one device: text, kept rows, caches and what drafters keep, for every listed method."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +9,9 @@ import pytest
 import sharded
 
 from tokeff.context import Compressed
+from tokeff.decode.ngrams import NGrams
 from tokeff.decode.sample import GREEDY
+from tokeff.decode.superposed import Superposed, suggest
 from tokeff.generation import ask, new_tokens, read
 from tokeff.kv.extend import pack
 from tokeff.kv.shadow import Shadow
@@ -51,7 +55,10 @@ def check_equal(K: int, name: str, m) -> None:
 
 @pytest.mark.parametrize("name", sharded.named(*sharded.METHODS, EVICTING, CROSSING))
 def test_every_method(name):
+    """Of a drafter, some drafts are right: rows that were accepted move on both sides."""
     check_equal(8, name, sharded.placed(8, 2, 4))
+    drafts = sharded.setup(name).decode.nodes > 1
+    assert not drafts or int(sharded.unsharded(8, name)[1].passes_B.min()) < sharded.NEW - 1
 
 
 @pytest.mark.xdist_group(CROSSING)
@@ -86,6 +93,23 @@ def test_questions_on_one_context():
         context = Compressed(parts, layers, rows[0], len(rows[0]), prompt.logits_BV, 32, (), fingerprint(m))
         texts.append(new_tokens(ask(m, context, [[1, 2, 3], [4, 5]] * 2, GREEDY, 0, 8, ())))
     assert texts[0] == texts[1]
+
+
+class Numbers:
+    """A tokenizer whose texts are its tokens."""
+
+    def decode(self, ids, special=False) -> str:
+        return " ".join(map(str, ids))
+
+
+def test_suggestions():
+    """Superposed drafts on a mesh, where their one sequence stays whole."""
+    found, rows = [], sharded.prompts()
+    for m in (sharded.model(8), sharded.placed(8, 2, 4)):
+        m = dataclasses.replace(m, tokenizer=Numbers())
+        found.append(suggest(m, rows[0], Superposed(2), new=6, ngrams=NGrams.of(rows)))
+    assert [s.text for s in found[0]] == [s.text for s in found[1]] and len(found[0]) == 2
+    np.testing.assert_allclose(*([s.score for s in some] for some in found), atol=1e-3)
 
 
 def test_batch_that_does_not_divide():

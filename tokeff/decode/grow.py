@@ -21,7 +21,7 @@ from tokeff.errors import UserError
 from tokeff.kv.policy import Policy
 from tokeff.models.attention import wide
 from tokeff.models.config import Config, Params
-from tokeff.models.flow import EMPTY, Accepted
+from tokeff.models.flow import EMPTY, Accepted, Flow
 from tokeff.models.transformer import embed, stack, unembed
 from tokeff.sharding import top_k
 
@@ -161,10 +161,14 @@ class Grower:
         flow = embed(self.params, self.cfg, token_BT, order_BT)
         among = among_BTW[:, :, : self.room]  # a level that is only named has no rows
         flow = flow.replace(hi_BT=hi, among_BTW=among, at=jnp.asarray(at, jnp.int32))
-        flow, layers, taps = stack(
+        flow, layers, taps = self.through(flow, layers, accepted)
+        return flow.x_BTD, layers, taps
+
+    def through(self, flow: Flow, layers, accepted: Accepted) -> tuple[Flow, tuple[Any, ...], dict[int, jax.Array]]:
+        """(the rows behind the layers that draft, the caches, taps_BTD)."""
+        return stack(
             self.params, self.cfg, flow, layers, policy=self.policy, accepted=accepted, run=self.run, skip=self.skip, taps=self.taps
         )
-        return flow.x_BTD, layers, taps
 
     def plant(self, layers, root_B1, accepted: Accepted, unread: tuple[jax.Array, jax.Array] | None = None) -> Grown:
         """The root's row, and before it a token (token_B1, order_B1; order EMPTY for none) that these layers have not read yet."""

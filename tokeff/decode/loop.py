@@ -6,6 +6,7 @@ the cache's draft store until the next call says which of them were accepted. No
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,8 +19,8 @@ from tokeff.decode.sample import Sampling, draw
 from tokeff.decode.tree import shape_of
 from tokeff.kv.policy import Policy
 from tokeff.models.config import Config, Params
-from tokeff.models.flow import EMPTY, Accepted, Flow
-from tokeff.models.transformer import embed, stack, unembed
+from tokeff.models.flow import EMPTY, Accepted, Flow, Here
+from tokeff.models.transformer import alike, embed, stack, unembed
 
 
 class Decoding(struct.PyTreeNode):
@@ -175,11 +176,23 @@ def settle(params: Params, cfg: Config, s: Decoding, *, policy: Policy) -> Decod
 
 def settle_rows(params: Params, cfg: Config, s: Decoding, policy: Policy) -> Decoding:
     """`settle` inside a jitted function. A draft call whose one row is not there: every policy commits, scores and evicts in it as it
-    always does."""
+    always does. No weight is read for it: what nobody will ever see may be zero."""
     B, W = s.accepted.path_BW.shape
     if W == 1:  # plain decoding has nothing pending
         return s
     nobody = jnp.full((B, 1), EMPTY, jnp.int32)
     flow = embed(params, cfg, nobody, nobody).replace(among_BTW=jnp.zeros((B, 1, 1), bool))
-    _, layers, _ = stack(params, cfg, flow, s.layers, policy=policy, accepted=s.accepted)
-    return s.replace(layers=layers, accepted=Accepted.nothing(B, W))
+    layers, across = [], None
+    for i, (w, layer) in enumerate(zip(params.blocks, s.layers, strict=True)):
+        here = Here(alike(policy, None, cfg, i), cfg)
+        layer, across = _taken_in(flow, layer, s.accepted, across, w.side, policy=policy, here=here)
+        layers.append(layer)
+    return s.replace(layers=tuple(layers), accepted=Accepted.nothing(B, W))
+
+
+@partial(jax.jit, static_argnames=("policy", "here"))
+def _taken_in(flow: Flow, layer, accepted: Accepted, across, side, *, policy: Policy, here: Here):
+    """(the cache of one layer after a call whose rows are zeros, across), traced once for all layers that are alike."""
+    cfg, (B, T, _) = here.cfg, flow.x_BTD.shape
+    q, k = (jnp.zeros((B, T, heads, cfg.H), flow.x_BTD.dtype) for heads in (cfg.N, cfg.K))
+    return policy.attend(q, k, k, flow, flow, layer, accepted, across, replace(here, side=side))[1:]

@@ -18,6 +18,7 @@ from tokeff.decode.route import Routed
 from tokeff.decode.rules import KSeq
 from tokeff.decode.self_draft import EarlyExit
 from tokeff.decode.swift import Swift
+from tokeff.decode.swift_online import OnlineSwift
 from tokeff.decode.trie import Trie
 from tokeff.decode.trigram import Trigram
 from tokeff.kv.budget import Budget
@@ -100,10 +101,14 @@ def early_exit(exit: int = 8, length: int = 6) -> EarlyExit:
 
 
 def swift(
-    attention: tuple[int, ...], ffn: tuple[int, ...], length: int = 5, candidates: int = 3, sure: float = 0.8
-) -> Swift:  # fmt: skip
-    """SWIFT (Xia et al. 2024): the model drafts without some halves of its layers: swift(*find_skips(m, ids))."""
-    return Swift(attention, ffn, length, candidates, sure)
+    attention: tuple[int, ...] | None = None, ffn: tuple[int, ...] | None = None, length: int = 5, candidates: int = 3, sure: float = 0.8,
+    share: float = 0.45, tail: int = 50,
+) -> Swift | OnlineSwift:  # fmt: skip
+    """SWIFT (Xia et al. 2024): the model drafts without some halves of its layers, and finds out which while it generates: a `share`, by
+    the last `tail` tokens. Those found before are given instead, and nothing is searched: swift(*find_skips(m, ids))."""
+    if attention is None and ffn is None:
+        return OnlineSwift(length, candidates, sure, share, tail)
+    return Swift(attention or (), ffn or (), length, candidates, sure)
 
 
 def dynamic_exit(exits: tuple[int, ...] = (4, 8, 12), lengths: tuple[int, ...] = (2, 4, 6), every: int = 8) -> DynamicExit:

@@ -36,8 +36,8 @@ class SelfDraft(Drafter):
         super().check(m)
         check_coupled(self, self.coupled)
 
-    def grower(self, s: Decoding, target: Target, length: int, **more: Any) -> Grower:
-        return Grower(
+    def grower(self, s: Decoding, target: Target, length: int, kind: type[Grower] = Grower, **more: Any) -> Grower:
+        return kind(
             target.params, target.cfg, target.policy, target.how, Levels.chains(length), s.key_B, s.count_B - 1 - s.gone_B,
             s.count_B - 1 - s.gone_B, s.done_B, s.accepted.path_BW.shape[1], drawn=self.drawn, coupled=self.coupled, **more,
         )  # fmt: skip

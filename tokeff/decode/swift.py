@@ -1,11 +1,12 @@
-"""SWIFT (Xia et al. 2024): the model without some halves of its layers drafts, and a search says which."""
+"""SWIFT (Xia et al. 2024): the model without some halves of its layers drafts. Here they are given, and found by a search between
+generations; swift_online.py searches while it generates."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -26,21 +27,17 @@ Halves = tuple[tuple[int, ...], tuple[int, ...]]  # layers whose attention, and 
 CANDIDATES = ((0.95, 3), (0.8, 5), (0.5, 8), (0.0, 10))  # above this probability of the best guess, so many guesses
 
 
-@dataclass(frozen=True)
-class Swift(SelfDraft):
-    """The model drafts with halves of its layers left out (Xia et al. 2024).
+class Leaved(SelfDraft):
+    """Base class of both SWIFTs: a chain, and beside each of its drafts the next best candidates, as leaves.
 
-    attention, ffn: the layers whose attention, and those whose feed-forward, drafts do without (`find_skips`). At most `length` drafts
-    follow each other; behind one that is less probable than `sure` comes none. Beside each stand its next best candidates, as leaves: 3 in
-    all where the best is nearly certain, up to 10 where it is not (CANDIDATES), but no more than `candidates`, which fixes the shape of the
-    pass. The published numbers are length 25 and 10 candidates. Every layer runs again in the pass that verifies.
+    At most `length` drafts follow each other; behind one that is less probable than `sure` comes none. Candidates are 3 in all where the
+    best is nearly certain, up to 10 where it is not (CANDIDATES), but no more than `candidates`, which fixes the shape of the pass. The
+    published numbers are length 25 and 10 candidates. Every layer runs again in the pass that verifies.
     """
 
-    attention: tuple[int, ...]
-    ffn: tuple[int, ...]
-    length: int = 5
-    candidates: int = 3
-    sure: float = 0.8
+    length: int
+    candidates: int
+    sure: float
 
     def __post_init__(self):
         if self.length < 1 or self.candidates < 1:
@@ -58,22 +55,13 @@ class Swift(SelfDraft):
 
     def check(self, m) -> None:
         super().check(m)
-        check_halves((self.attention, self.ffn), m.cfg)
         if self.candidates > m.cfg.V:
             raise UserError(f"{self.candidates} candidates are more than the vocabulary of {m.cfg.V}; lower candidates")
 
-    def attends(self, L: int) -> tuple[int, ...]:
-        """Layers whose attention drafts."""
-        return tuple(i for i in range(L) if i not in self.attention)
-
-    def fits(self, policy, cfg) -> str | None:
-        return policy.alone(self.attends(cfg.L), cfg)
-
-    def draft(self, s: Decoding, target: Target) -> tuple[Draft, Decoding]:
+    def leaved(self, s: Decoding, target: Target, **more: Any) -> tuple[Draft, Decoding]:
+        """The draft of layers that a grower runs, which is told so by `more`."""
         B, W = s.done_B.shape[0], self.length + 1
-        grower = self.grower(
-            s, target, self.length, skip=(self.attention, self.ffn), guesses=self.candidates, stop_B=jnp.full(B, self.sure)
-        )
+        grower = self.grower(s, target, self.length, guesses=self.candidates, stop_B=jnp.full(B, self.sure), **more)
         g = grower.grow(grower.plant(s.layers, last_token(s.tokens_BS, s.count_B), s.accepted), self.length - 1)
         tokens, parent, valid = g.tokens_BW, chain_parents(self.length, B), g.valid_BW
         if self.candidates > 1:
@@ -83,8 +71,36 @@ class Swift(SelfDraft):
             on = jnp.broadcast_to(jnp.repeat(jnp.arange(W - 1, dtype=jnp.int32), len(which)), leaf.shape)
             tokens = jnp.concatenate([tokens, g.top_BWY[:, 1:, 1:].reshape(B, -1)], axis=1)
             parent, valid = jnp.concatenate([parent, on], axis=1), jnp.concatenate([valid, leaf], axis=1)
-        draft = Draft(tokens, parent, valid, g.logq_BWV, moved=self.attends(target.cfg.L))
-        return draft, s.replace(layers=g.layers)
+        return Draft(tokens, parent, valid, g.logq_BWV), s.replace(layers=g.layers)
+
+
+@dataclass(frozen=True)
+class Swift(Leaved):
+    """The model drafts with halves of its layers left out (Xia et al. 2024): those that are given.
+
+    attention, ffn: the layers whose attention, and those whose feed-forward, drafts do without (`find_skips`). The others as in `Leaved`.
+    """
+
+    attention: tuple[int, ...]
+    ffn: tuple[int, ...]
+    length: int = 5
+    candidates: int = 3
+    sure: float = 0.8
+
+    def check(self, m) -> None:
+        super().check(m)
+        check_halves((self.attention, self.ffn), m.cfg)
+
+    def attends(self, L: int) -> tuple[int, ...]:
+        """Layers whose attention drafts."""
+        return tuple(i for i in range(L) if i not in self.attention)
+
+    def fits(self, policy, cfg) -> str | None:
+        return policy.alone(self.attends(cfg.L), cfg)
+
+    def draft(self, s: Decoding, target: Target) -> tuple[Draft, Decoding]:
+        draft, s = self.leaved(s, target, skip=(self.attention, self.ffn))
+        return draft.replace(moved=self.attends(target.cfg.L)), s
 
 
 def check_halves(skip: Halves, cfg) -> None:
@@ -105,20 +121,16 @@ def find_skips(
     ids: a text of the model's own, prompt and answer. A choice is worth the share of its last `tail` tokens that the model without these
     halves has as its arg-max, given what the whole model kept of the text before (one parallel pass). Starts with evenly spread halves and
     tries random ones, until one is worth `good`, after `tries`, or after `patience` without a better one (Xia et al. 2024; every 25th of
-    their tries is Bayesian). Between generations, since another choice is another compiled program.
+    their tries is Bayesian). Another choice is another compiled program.
     Raises UserError for a text that is too short, or a share that leaves out nothing or everything.
     """
-    n, halves = len(ids), 2 * (m.cfg.L - 2)
-    out = round(share * halves)
+    n, even = len(ids), spread(share, m.cfg.L)
     if n < tail + 2 or tail < 1:
         raise UserError(f"{n} tokens do not have {tail} behind a beginning; give {tail + 2} or more, or a smaller tail")
-    if not 0 < out < halves:
-        raise UserError(f"a share of {share} leaves out {out} of {halves} halves; give one between")
     score = Agreement.of(m, ids, tail)
     rng, best, found, since = np.random.default_rng(seed), -1.0, ((), ()), 0
     for t in range(tries):
-        chosen = np.linspace(0, halves - 1, out).round().astype(int) if t == 0 else rng.choice(halves, out, replace=False)
-        skip = named(chosen, m.cfg.L - 2)
+        skip = named(np.flatnonzero(even) if t == 0 else rng.choice(len(even), even.sum(), replace=False))
         if (worth := score(skip)) > best:
             best, found, since = worth, skip, -1
         since += 1
@@ -127,7 +139,22 @@ def find_skips(
     return found
 
 
-def named(chosen: np.ndarray, L: int) -> Halves:
+def left_out(share: float, L: int) -> int:
+    """How many halves a share of those between the first layer and the last is; UserError for none or all of them."""
+    halves = 2 * (L - 2)
+    if not 0 < (out := round(share * halves)) < halves:
+        raise UserError(f"a share of {share} leaves out {out} of {halves} halves; give one between")
+    return out
+
+
+def spread(share: float, L: int) -> np.ndarray:
+    """Which of the halves are left out where they are spread evenly."""
+    halves, even = 2 * (L - 2), np.zeros(2 * (L - 2), bool)
+    even[np.linspace(0, halves - 1, left_out(share, L)).round().astype(int)] = True
+    return even
+
+
+def named(chosen: np.ndarray) -> Halves:
     """The layers of halves numbered 0, 1, ...: attention and feed-forward of layer 1, of layer 2, and so on."""
     first, second = (tuple(sorted(1 + int(i) // 2 for i in chosen if i % 2 == half)) for half in (0, 1))
     return first, second
