@@ -18,13 +18,7 @@ Writes checkpoints/canvas-vit/ and experiments/results/train_vit.json.
 
 from __future__ import annotations
 
-import argparse
-import hashlib
-import json
-import os
-import shutil
-import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +28,8 @@ import numpy as np
 
 from tokeff.data.canvases import SIDE, Canvases, Look, Task, draw, make, patch_digits, still
 from tokeff.data.digits import Material, material
-from tokeff.errors import UserError, one_line
-from tokeff.evals.comparison import compile_cache
 from tokeff.evals.stats import better_than, paired_difference
 from tokeff.evals.vision import Score, normal, score_vit
-from tokeff.models.fetch import cache_dir
 from tokeff.models.fresh import fresh_vit
 from tokeff.models.pixels import HALF, Preprocessing
 from tokeff.models.transformer import linear
@@ -46,17 +37,14 @@ from tokeff.models.vision_save import save_vit
 from tokeff.models.vit import classify, encode, finish, pool
 from tokeff.models.vit_config import ViTConfig
 from tokeff.models.vit_hf import ImageModel, load_vit
+from tokeff.recipes import Recipe, learnt, main
 from tokeff.reduce.baselines import Pooled, RandomDrop
 from tokeff.reduce.merge import Reducer, ToMe, schedule, to_share
-from tokeff.report.environment import describe
-from tokeff.training import adamw, lately, learn
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "experiments" / "results" / "train_vit.json"
 NAME, DIGITS = "canvas-vit", 10
 CFG = ViTConfig(NAME, D=96, F=288, L=5, N=3, image=(SIDE, SIDE), patch=6, V=DIGITS, act="gelu_tanh", eps=1e-6)
-MIX = {"name": 10, "where": 4}  # pictures of each task in a batch, for the class row and the patches
-PAGE, PAGES = Task(grid=(4, 4), digits=(8, 12)), 18  # and pictures full of digits, for the patches alone
+MIX = {"name": 6, "where": 2}  # pictures of each task in a batch, for the class row and the patches
+PAGE, PAGES = Task(grid=(4, 4), digits=(8, 12)), 8  # and pictures full of digits, for the patches alone
 TEST_SEED, TEST, LEAST, COST = 12345, 600, 0.75, 0.10
 RATES = (8, 16, 26)  # rows that every layer takes away; 26 leave a third
 
@@ -65,9 +53,9 @@ RATES = (8, 16, 26)  # rows that every layer takes away; 26 leave a third
 class Training:
     """weight: of patches that are ink, against one that is none. patches: of the loss of patches, against that of the class row."""
 
-    steps: int = 1800
-    falls: int = 600  # steps over which the rate falls
-    peak: float = 2e-3
+    steps: int = 6500
+    falls: int = 5000  # steps over which the rate falls
+    peak: float = 5e-3
     warm: int = 80
     weight: float = 4.0
     patches: float = 1.0
@@ -113,14 +101,10 @@ def batch_of(m: Material, seed: int, i: int) -> dict[str, np.ndarray]:
 
 
 def train(how: Training) -> tuple[ImageModel, list[dict[str, float]]]:
-    digits = material("train")
-    told = hashlib.sha256(repr((replace(how, steps=0, falls=0), CFG, MIX, PAGE, PAGES, Look())).encode()).hexdigest()[:12]
-    falls = max(how.steps - how.falls, 0)
-    tower = fresh_vit(CFG, how.seed)
+    digits, tower = material("train"), fresh_vit(CFG, how.seed)
     weights = {"tower": tower, "patch_head_VD": jnp.zeros((DIGITS + 1, CFG.D)), "patch_bias_V": jnp.zeros(DIGITS + 1)}
-    where = cache_dir() / "training" / f"{NAME}-{told}"
-    optimiser = adamw(how.peak, how.steps, how.warm, falls)
-    weights, seen = learn(weights, None, lambda i: batch_of(digits, how.seed, i), Labelled(CFG, how), optimiser, how.steps, falls, where)
+    told = CFG, MIX, PAGE, PAGES, Look()
+    weights, seen = learnt(NAME, how, told, weights, None, lambda i: batch_of(digits, how.seed, i), Labelled(CFG, how))
     return ImageModel(CFG, weights["tower"], Preprocessing(exact=CFG.image, mean=HALF[0], std=HALF[1]), NAME), seen
 
 
@@ -155,53 +139,12 @@ def measured(m: ImageModel, n: int = TEST) -> dict[str, Any]:
     return {"test": found, "held": held}
 
 
-def run(how: Training, out: Path, only: bool) -> None:
-    result = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"seeds": {}}
-    if only:
-        found = measured(load_vit(out))
-        result["seeds"][str(how.seed)] |= found
-    else:
-        m, seen = train(how)
-        facts = {
-            "recipe": {"script": "experiments/train_vit.py", **asdict(how)}, "steps": len(seen),
-            "pictures": len(seen) * (sum(MIX.values()) + PAGES),
-            "train_seconds": round(sum(row["seconds"] for row in seen)), "last": lately(seen), "look": asdict(Look()),
-            "weights": sum(x.size for x in jax.tree.leaves(m.params)),
-        }  # fmt: skip
-        new = out.with_name(f".{out.name}-new")
-        shutil.rmtree(new, ignore_errors=True)
-        found = measured(load_vit(save_vit(new, m, {})))  # as rounded
-        shutil.rmtree(new)
-        save_vit(new, m, facts | {"accuracy": found["test"]["full"]})
-        shutil.rmtree(out, ignore_errors=True)
-        os.replace(new, out)
-        curve = [[round(row[k], 4) for k in ("named", "patched", "right")] for row in seen[::10]]
-        result["seeds"][str(how.seed)] = {**facts, **found, "curve": curve}
-    result["thresholds"] = {"named": LEAST, "random costs": COST}
-    result["environment"] = describe([]) | {"command": " ".join(["python experiments/train_vit.py", *sys.argv[1:]])}
-    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(found, indent=1))
-
-
-def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    p.add_argument("--steps", type=int, default=Training.steps, help="of 32 pictures (default: %(default)s)")
-    p.add_argument("--falls", type=int, default=Training.falls, help="last steps over which the rate falls (default: %(default)s)")
-    p.add_argument("--peak", type=float, default=Training.peak, help="highest learning rate (default: %(default)s)")
-    p.add_argument("--seed", type=int, default=0, help="of the weights and pictures; 0 is the one that is released")
-    p.add_argument("--out", type=Path, help=f"folder that is written (default: checkpoints/{NAME}; for seeds above 0 one in the cache)")
-    p.add_argument("--measure", action="store_true", help="only measure the folder")
-    known = p.parse_args()
-    compile_cache()
-    try:
-        if min(known.steps, known.falls) < 1 or known.seed < 0 or known.peak <= 0:
-            raise UserError("steps and falls must be at least 1, the seed at least 0 and the rate above 0")
-        released = ROOT / "checkpoints" / NAME if not known.seed else cache_dir() / "training" / f"{NAME}-seed{known.seed}"
-        run(Training(steps=known.steps, falls=known.falls, peak=known.peak, seed=known.seed), known.out or released, known.measure)
-    except (UserError, KeyboardInterrupt) as error:
-        said, code = one_line(error) or (str(error), 1)
-        sys.exit(print(f"error: {said}", file=sys.stderr) or code)
-
+RECIPE = Recipe(
+    script=Path(__file__), about=__doc__ or "", name=NAME, how=Training(), batch=(sum(MIX.values()) + PAGES, "pictures"), train=train,
+    save=save_vit, load=load_vit, measured=measured,
+    facts=lambda m: {"look": asdict(Look()), "weights": sum(x.size for x in jax.tree.leaves(m.params))},
+    accuracy=lambda found: found["test"]["full"], thresholds={"named": LEAST, "random costs": COST}, curve=("named", "patched", "right"),
+)  # fmt: skip
 
 if __name__ == "__main__":
-    main()
+    main(RECIPE)

@@ -17,13 +17,9 @@ Writes checkpoints/canvas-llava/ and experiments/results/train_vlm.json.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
-import json
-import os
-import shutil
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +31,10 @@ from tokenizers import models, pre_tokenizers
 
 from tokeff.data.canvases import SIDE, TASKS, WORDS, Look, make
 from tokeff.data.digits import Material, material
-from tokeff.errors import UserError, one_line
-from tokeff.evals.comparison import compile_cache
+from tokeff.errors import UserError
 from tokeff.evals.stats import paired_difference
 from tokeff.evals.vision import answer_logits, asked, picture_vectors, score_llava
 from tokeff.models.config import Config, Params, Precision
-from tokeff.models.fetch import cache_dir
 from tokeff.models.fresh import fresh_decoder, fresh_projector
 from tokeff.models.llava import Llava, LlavaConfig
 from tokeff.models.llava_hf import load_llava
@@ -49,14 +43,12 @@ from tokeff.models.tokenizer import Tokenizer
 from tokeff.models.vision_save import save_llava
 from tokeff.models.vit_config import ViTParams
 from tokeff.models.vit_hf import ImageModel, load_vit
+from tokeff.recipes import Recipe, learnt, main
 from tokeff.reduce.visual import DivPrune, FasterVLM, HiPrune, Picked
 from tokeff.reduce.visual_baselines import PooledPatches, RandomPatches
 from tokeff.reduce.visual_merge import PruMerge, VisionZip
-from tokeff.report.environment import describe
-from tokeff.training import adamw, lately, learn
 
-ROOT = Path(__file__).parents[1]
-RESULTS, TOWER = ROOT / "experiments" / "results" / "train_vlm.json", ROOT / "checkpoints" / "canvas-vit"
+TOWER = Path(__file__).parents[1] / "checkpoints" / "canvas-vit"
 NAME = "canvas-llava"
 SPECIAL = ("<pad>", "<eos>", "<image>", "<video>")
 SINGLE, LONG = ("name", "where", "count", "row"), ("scan", "order", "motion")
@@ -69,7 +61,7 @@ TEST_SEED, TEST, FEW, LEAST, COST = 54321, 300, 100, 0.45, 0.10
 class Training:
     steps: int = 1800
     falls: int = 600  # steps over which the rate falls
-    peak: float = 2e-3
+    peak: float = 5e-3
     warm: int = 50
     seed: int = 0
 
@@ -138,11 +130,9 @@ def batch_of(v: Llava, m: Material, seed: int, i: int) -> tuple[list[dict[str, n
 def train(how: Training) -> tuple[Llava, list[dict[str, float]]]:
     m, digits = load_vit(TOWER), material("train")
     v = fresh(m, how.seed)
-    told = hashlib.sha256(repr((replace(how, steps=0, falls=0), v.cfg, v.text.cfg, MIX, Look(), fingerprint(m))).encode()).hexdigest()[:12]
-    falls, loss = max(how.steps - how.falls, 0), Answered(v.cfg, v.text.cfg, batch_of(v, digits, how.seed, 0)[1])
-    where, optimiser = cache_dir() / "training" / f"{NAME}-{told}", adamw(how.peak, how.steps, how.warm, falls)
-    weights = weights_of(v)
-    weights, seen = learn(weights, m.params, lambda i: batch_of(v, digits, how.seed, i)[0], loss, optimiser, how.steps, falls, where)
+    loss = Answered(v.cfg, v.text.cfg, batch_of(v, digits, how.seed, 0)[1])
+    told = v.cfg, v.text.cfg, MIX, Look(), fingerprint(m)
+    weights, seen = learnt(NAME, how, told, weights_of(v), m.params, lambda i: batch_of(v, digits, how.seed, i)[0], loss)
     return taught(v, weights, m.params), seen
 
 
@@ -192,60 +182,18 @@ def measured(v: Llava, n: int = TEST) -> dict[str, Any]:
     return {"test": found, "held": held, "mean": round(full, 4), "random costs": round(random, 4)}
 
 
-def release(out: Path, v: Llava, facts: dict[str, Any]) -> dict[str, Any]:
-    """The folder, measured with the weights as they are rounded in it, in the place of the last one."""
-    new = out.with_name(f".{out.name}-new")
-    shutil.rmtree(new, ignore_errors=True)
-    found = measured(load_llava(save_llava(new, v, {})))
-    shutil.rmtree(new)
-    save_llava(new, v, facts | {"accuracy": {task: ways["full"] for task, ways in found["test"].items()}})
-    shutil.rmtree(out, ignore_errors=True)
-    os.replace(new, out)
-    return found
+def ready() -> None:
+    if not TOWER.is_dir():
+        raise UserError(f"there is no tower in {TOWER}; train it first, with experiments/train_vit.py")
 
 
-def run(how: Training, out: Path, only: bool) -> None:
-    result = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"seeds": {}}
-    if only:
-        found = measured(load_llava(out))
-        result["seeds"][str(how.seed)] |= found
-    else:
-        v, seen = train(how)
-        facts = {
-            "recipe": {"script": "experiments/train_vlm.py", **asdict(how)}, "steps": len(seen),
-            "examples": len(seen) * sum(sum(group.values()) for group in MIX), "train_seconds": round(sum(row["seconds"] for row in seen)),
-            "last": lately(seen), "look": asdict(Look()), "weights": sum(x.size for x in jax.tree.leaves((v.params, v.text.params))),
-        }  # fmt: skip
-        found = release(out, v, facts)
-        curve = [[round(x, 4) for k, x in row.items() if k != "seconds"] for row in seen[::10]]
-        result["seeds"][str(how.seed)] = {**facts, **found, "curve": curve}
-    result["thresholds"] = {"right": LEAST, "random costs": COST}
-    result["environment"] = describe([]) | {"command": " ".join(["python experiments/train_vlm.py", *sys.argv[1:]])}
-    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(found, indent=1))
-
-
-def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    p.add_argument("--steps", type=int, default=Training.steps, help="of 31 examples (default: %(default)s)")
-    p.add_argument("--falls", type=int, default=Training.falls, help="last steps over which the rate falls (default: %(default)s)")
-    p.add_argument("--peak", type=float, default=Training.peak, help="highest learning rate (default: %(default)s)")
-    p.add_argument("--seed", type=int, default=0, help="of the weights and pictures; 0 is the one that is released")
-    p.add_argument("--out", type=Path, help=f"folder that is written (default: checkpoints/{NAME}; for seeds above 0 one in the cache)")
-    p.add_argument("--measure", action="store_true", help="only measure the folder")
-    known = p.parse_args()
-    compile_cache()
-    try:
-        if min(known.steps, known.falls) < 1 or known.seed < 0 or known.peak <= 0:
-            raise UserError("steps and falls must be at least 1, the seed at least 0 and the rate above 0")
-        if not TOWER.is_dir():
-            raise UserError(f"there is no tower in {TOWER}; train it first, with experiments/train_vit.py")
-        released = ROOT / "checkpoints" / NAME if not known.seed else cache_dir() / "training" / f"{NAME}-seed{known.seed}"
-        run(Training(steps=known.steps, falls=known.falls, peak=known.peak, seed=known.seed), known.out or released, known.measure)
-    except (UserError, KeyboardInterrupt) as error:
-        said, code = one_line(error) or (str(error), 1)
-        sys.exit(print(f"error: {said}", file=sys.stderr) or code)
-
+RECIPE = Recipe(
+    script=Path(__file__), about=__doc__ or "", name=NAME, how=Training(), batch=(sum(sum(g.values()) for g in MIX), "examples"),
+    train=train, save=save_llava, load=load_llava, measured=measured,
+    facts=lambda v: {"look": asdict(Look()), "weights": sum(x.size for x in jax.tree.leaves((v.params, v.text.params)))},
+    accuracy=lambda found: {task: ways["full"] for task, ways in found["test"].items()},
+    thresholds={"right": LEAST, "random costs": COST}, ready=ready,
+)  # fmt: skip
 
 if __name__ == "__main__":
-    main()
+    main(RECIPE)

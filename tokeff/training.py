@@ -14,9 +14,13 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 import orbax.checkpoint as ocp
 from flax import struct
+from optax.contrib import MuonDimensionNumbers
 from tqdm import tqdm
+
+from tokeff.sharding import letters
 
 T = TypeVar("T")
 Loss = Callable[[Any, Any, Any], tuple[jax.Array, dict[str, jax.Array]]]  # (weights, frozen, batch) -> (loss, figures)
@@ -30,20 +34,36 @@ class Learning(struct.PyTreeNode):
     step: jax.Array
 
 
-def adamw(peak: float, steps: int, warm: int, falls: int, decay: float = 0.05) -> optax.GradientTransformation:
-    """AdamW (Loshchilov & Hutter 2019; betas .9 and .98, decay of matrices alone, norms of gradients cut at 1) at a rate that rises for
-    `warm` steps, stays, and falls to zero with a cosine from step `falls` on: before that a run may be made longer or shorter."""
-    parts = (
-        optax.linear_schedule(peak / 50, peak, warm),
-        optax.constant_schedule(peak),
-        optax.cosine_decay_schedule(peak, max(steps - falls, 1)),
-    )
-    rate = optax.join_schedules(parts, [warm, max(falls, warm)])
+def optimiser(peak: float, steps: int, warm: int, falls: int, decay: float = 0.05) -> optax.GradientTransformation:
+    """Muon (Jordan et al. 2024; updates scaled to the size of Adam's, Liu et al. 2025) for the matrices of blocks; for all else AdamW
+    (Loshchilov & Hutter 2019; betas .9 and .98, with Nesterov's momentum) at two fifths of the rate. All weights decay, norms of gradients
+    are cut at 1. The rate rises for `warm` steps, stays, and falls to zero with a cosine from step `falls` on: before
+    that a run may be made longer or shorter."""
 
-    def matrices(tree):
-        return jax.tree.map(lambda x: x.ndim > 1, tree)
+    def rate(peak: float) -> optax.Schedule:
+        falling = optax.cosine_decay_schedule(peak, max(steps - falls, 1))
+        parts = (optax.linear_schedule(peak / 50, peak, warm), optax.constant_schedule(peak), falling)
+        return optax.join_schedules(parts, [warm, max(falls, warm)])
 
-    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, 0.9, 0.98, weight_decay=decay, mask=matrices))
+    muon = optax.contrib.muon(
+        rate(peak), weight_decay=decay, adam_b2=0.98, adam_weight_decay=decay, adam_learning_rate=rate(0.4 * peak),
+        muon_weight_dimension_numbers=sides, consistent_rms=0.2,
+    )  # fmt: skip
+    return optax.chain(optax.clip_by_global_norm(1.0), muon)
+
+
+def sides(weights: Any) -> Any:
+    """Which axes of each array are a matrix's inputs and outputs, None for arrays that are none of a block. Rows of width D are its one
+    side, as its letters say: of q_NHD they come in, of o_DNH they go out."""
+
+    def of(path: tuple[Any, ...], x: jax.Array) -> MuonDimensionNumbers | None:
+        names = [getattr(key, "name", "") for key in path]
+        if x.ndim < 2 or "blocks" not in names:
+            return None
+        axes = tuple(range(x.ndim))
+        return MuonDimensionNumbers(axes[1:], axes[:1]) if letters(names[-1])[0] == "D" else MuonDimensionNumbers(axes[-1:], axes[:-1])
+
+    return jax.tree_util.tree_map_with_path(of, weights)
 
 
 @partial(jax.jit, static_argnames=("loss", "optimiser"), donate_argnames="state")

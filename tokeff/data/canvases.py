@@ -73,7 +73,7 @@ class Look:
 
     size: tuple[int, int] = (17, 25)
     strength: tuple[float, float] = (0.65, 1.0)
-    clutter: float = 0.7
+    clutter: float = 0.4
     flat: tuple[float, float] = (0.2, 0.7)
 
 
