@@ -196,7 +196,7 @@ def some_heads(policy: Any) -> ByClass:
     return ByClass(policy, kv.full(), ((0,),))
 
 
-PASSES = of("cut")
+PASSES, NARROW = of("cut", where=lambda cut: not cut.narrows), of("cut", where=lambda cut: cut.narrows)
 DRAFTERS = of("decode", where=lambda d: not d.own_layers)
 SELF = of("decode", where=lambda d: d.own_layers)
 PATTERNS, BLENDS = of("prefill", where=lambda p: not p.own_pass), of("prefill", where=lambda p: p.own_pass)
@@ -207,6 +207,7 @@ def named(found: list[Method]) -> str:
 
 
 PASS = Column("pass", f"`cut=`: {named(PASSES)}", with_parts(*PASSES), longer)
+PASS_OF_HEADS = Column("pass of heads", f"`cut=` that lets heads go as well: {named(NARROW)}", with_parts(*NARROW), longer)
 PATTERN = Column("pattern", f"`prefill=`: {named(PATTERNS)}", with_parts(*PATTERNS), read_densely)
 BLEND = Column("blend", f"`prefill=`: {named(BLENDS)}", with_parts(*BLENDS), read_densely)
 DRAFTER = Column("drafter", f"`decode=`: {named(DRAFTERS)}", with_parts(*DRAFTERS), blocks)
@@ -216,7 +217,7 @@ BOUNDED = Column("bounded", "`bounded=`: rows are dropped between pieces of the 
 MESH = Column("mesh", "batch and heads over devices; every listed method runs there in tests/sharding", alone)
 
 POLICIES = (
-    PASS, PATTERN, BLEND, DRAFTER, SELF_DRAFT, CHUNKS, BOUNDED,
+    PASS, PASS_OF_HEADS, PATTERN, BLEND, DRAFTER, SELF_DRAFT, CHUNKS, BOUNDED,
     Column("codes", "the rows it keeps in code: `kivi(4, rule=...)`, `gear(rule=...)`, or with fewer channels, `think(rule=...)`",
            inside(*CODES), settled),
     Column("select within", "a selection among the rows it keeps: `quest(..., within=...)`", inside(quest), settled),
@@ -227,7 +228,7 @@ POLICIES = (
     Column("host", "`host=True`: rows in host memory", on_host),
     MESH,
 )  # fmt: skip
-OTHERS = (PASS, PATTERN, BLEND, DRAFTER, SELF_DRAFT, CHUNKS, BOUNDED, MESH)
+OTHERS = (PASS, PASS_OF_HEADS, PATTERN, BLEND, DRAFTER, SELF_DRAFT, CHUNKS, BOUNDED, MESH)
 
 
 @dataclass(frozen=True)

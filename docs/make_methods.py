@@ -7,17 +7,20 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import tokeff
 from tokeff.decode.draft import Drafter
 from tokeff.decode.draft_model import OwnModel
+from tokeff.listed import Listed
 from tokeff.listing import Method, methods
 from tokeff.models.config import Config
-from tokeff.reduce.listing import PictureMethod, picture_methods
+from tokeff.reduce.listing import InsideMethod, PictureMethod, inside_methods, picture_methods
 
 HOME = {"kv": "tokeff.kv", "sparse": "tokeff.sparse", "reduce": "tokeff.reduce", "decode": "tokeff.decode", "baseline": "tokeff.kv"}
 HOME |= {"reuse": "tokeff.kv"}
 HEAD = """# Methods
 
-Generated from `tokeff/listing.py` by `python docs/make_methods.py`; do not edit by hand. `tokeff methods --bibtex NAME` prints a citation.
+Generated from `tokeff/listing.py` and `tokeff/reduce/listing.py` by `python docs/make_methods.py`; do not edit by hand.
+`tokeff methods --bibtex NAME` prints a citation. Methods over rows of pictures, videos and sound stand [below](#pictures-videos-and-sound).
 
 - *argument*: the argument of `tokeff.generate` that takes the object.
 - *budget sets*: the ratio that `budget` fixes: `held` bytes, or bytes `read` per step. [design.md](design.md) defines both.
@@ -39,7 +42,7 @@ settings that the paper names, and `find(NAME).settings("paper")` all of them. `
 COLUMNS = ("method", "expression", "argument", "family", "output", "budget sets", "paper")
 
 
-def link(method: Method | PictureMethod) -> str:
+def link(method: Listed) -> str:
     """The paper as a link, where it has an arXiv number."""
     paper = method.paper
     if paper is None:
@@ -76,25 +79,36 @@ def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
 
 
 PICTURES = """
-## Pictures and videos
+## Pictures, videos and sound
 
-`tokeff.models.llava.generate` takes these as `reduce`, beside everything above; [vision.md](vision.md) explains them.
+These stand beside everything above; they are lossy, and none is trained. What reduces rows before a decoder is given to
+`tokeff.models.llava.generate` as `reduce`; a pass over rows of pictures inside the decoder to its `Setup` as `cut`; what merges rows inside
+an encoder, of pictures or of sound, to `encode` and `transcribe` as `reduce`. More in [vision.md](vision.md) and [reduce.md](reduce.md).
 
-- *acts*: inside the image tower, on patches behind it, between a thumbnail and its crops, on patches given the text, or between frames.
+- *acts*: inside the image tower, on patches behind it, between a thumbnail and its crops, on patches given the text, between frames; inside
+  the decoder, or inside an encoder.
 - *nothing is left out at*: settings at which all rows stay as they are; `grid` is as many cells as the tower has patches.
+- *paper's numbers*: the settings it names, where they are not the defaults; most defaults are theirs, as shares.
 
 """
 
 
+def home(make: Any) -> str:
+    """How a user reaches it: from `tokeff.reduce`, or from its own module."""
+    return "tokeff.reduce" if make.__name__ in tokeff.reduce.__all__ else make.__module__
+
+
+def pictured(m: PictureMethod | InsideMethod) -> tuple[str, ...]:
+    same, paper = ((", ".join(f"`{k}={said(v)}`" for k, v in (given or {}).items()) or "—") for given in (m.identity, m.published))
+    source = link(m) if m.paper or m.family == "baseline" else "—"
+    call = f"`{home(m.make)}.{m.make.__name__}()`"
+    return m.name, call, f"`{m.part}`", m.acts, m.by, same, paper, "our reading" if m.reading else "", source
+
+
 def pictures() -> str:
-    """The section of what reduces rows before the decoder."""
-    head = ("method", "expression", "acts", "family", "nothing is left out at", "remark", "paper")
-    rows = []
-    for m in picture_methods():
-        same = ", ".join(f"`{k}={said(v)}`" for k, v in m.identity.items()) if m.identity is not None else "—"
-        source = link(m) if m.paper or m.family == "baseline" else "—"
-        rows.append((m.name, f"`tokeff.reduce.{m.make.__name__}()`", m.acts, m.family, same, "our reading" if m.reading else "", source))
-    return PICTURES + table(head, rows)
+    """The section of what reduces rows of pictures, videos and sound."""
+    head = ("method", "expression", "argument", "acts", "goes by", "nothing is left out at", "paper's numbers", "remark", "paper")
+    return PICTURES + table(head, map(pictured, (*picture_methods(), *inside_methods())))
 
 
 def text() -> str:

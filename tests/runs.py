@@ -22,6 +22,7 @@ from tokeff.kv.extend import _pack_one
 from tokeff.kv.keep import Keep
 from tokeff.kv.policy import Ask, Policy
 from tokeff.kv.prefill import Prompt
+from tokeff.kv.some_heads import SomeHeads
 from tokeff.listing import METHODS as LISTED
 from tokeff.models.config import Precision
 from tokeff.models.flow import Flow, Here
@@ -64,6 +65,11 @@ def part(name: str, kind: str = "small") -> dict[str, Any]:
     m = method(name)
     given = {"small": tiny.settings, "fast": tiny.fast, "identity": tiny.identity}[kind](m)
     return {m.part: m.make(**given)}
+
+
+def holding(name: str, kind: str = "small") -> Policy:
+    """The policy that holds what the method leaves of a prompt: its own, or everything in the heads that its pass leaves."""
+    return Setup(**part(name, kind)).kv
 
 
 def model() -> Model:
@@ -115,10 +121,15 @@ class Steps:
     kept: list  # [layer][b][head], after the prompt and after every token
 
 
+def over(cut: str | None, policy: Policy) -> Policy:
+    """The policy over what a pass leaves."""
+    return policy if cut is None else Setup(kv=policy, **part(cut)).kv
+
+
 @cache
 def steps(name: str, kind: str = "small", form: str = "batch") -> Steps:
     """Decode GIVEN under one method."""
-    policy, p = part(name, kind).get("kv", tiny.FULL), prompt_of(name, kind, form)
+    policy, p = holding(name, kind), prompt_of(name, kind, form)
     given = GIVEN[1:] if form == "single" else GIVEN
     packed = tiny.packed(policy, p)
     logits, kept = [], [[tiny.kept(policy, layer) for layer in packed]]
@@ -146,7 +157,7 @@ def decoded(
 
 def generate(kv="Full", cut=None, decode=None, kind="small", form="batch", prefill=None, **options) -> Decoding:
     """`decoded`, anew; options as of `tiny.start`."""
-    policy, drafter = part(kv, kind)["kv"], part(decode, kind)["decode"] if decode else tiny.PLAIN
+    policy, drafter = over(cut, part(kv, kind)["kv"]), part(decode, kind)["decode"] if decode else tiny.PLAIN
     named = {name: options[name] for name in ("how", "eos") if name in options}
     s = tiny.start(prompt(cut or prefill, "small", form), policy, drafter, **options)
     return tiny.go(s, policy, drafter, **named)
@@ -191,7 +202,8 @@ def check_rows(policy, layers: list, lengths, here=None) -> None:
     rule = getattr(policy, "rule", policy)
     for i, layer in enumerate(layers):
         for b, heads in enumerate(tiny.kept(policy, layer)):
-            assert all(len(set(orders)) == len(orders) and orders[-1] == lengths[b] for orders in heads)
+            left = [orders for orders in heads if orders or not isinstance(policy, SomeHeads)]  # a pass may leave a head nothing
+            assert all(len(set(orders)) == len(orders) and orders[-1] == lengths[b] for orders in left)
             if isinstance(rule, Keep) and rule.span == policy.span == "layer":
                 most = rule.rows(int(lengths[b]), here or Here(i, tiny.CFG))
                 assert sum(o < lengths[b] for orders in heads for o in orders) <= most * len(heads)

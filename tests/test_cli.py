@@ -75,7 +75,7 @@ def listing(monkeypatch):
     settings = {"paper": {"window": 32}, "scaled": {"window": 16}}.get
     named = [types.SimpleNamespace(**dict(zip(fields, row)), settings=settings) for row in rows]
     module = types.ModuleType("tokeff.listing")
-    module.methods = lambda: tuple(named)
+    module.every = lambda: tuple(named)
     monkeypatch.setitem(sys.modules, "tokeff.listing", module)
     monkeypatch.setattr(sys.modules["tokeff"], "listing", module, raising=False)
 

@@ -46,14 +46,15 @@ decode.r2r(cfg: 'Config', length: 'int' = 8, sure: 'float' = 0.9, name: 'str' = 
 decode.rapid(cfg: 'Config', length: 'int' = 10, eta: 'float' = 10.0, chunk: 'int' = 64, budget: 'Budget' = 0.125, head: 'int' = 32, \
 question: 'int' = 64) -> 'RetrievedDraft'
 decode.rates(m: 'Model', prompts: 'Sequence[Sequence[int]]', new: 'int' = 64, depth: 'int' = 5, rank: 'int' = 8) -> 'np.ndarray'
+decode.revived(cut: 'LastRowCascade | None' = None, most: 'Budget' = 1.0, rows: 'int' = 16) -> 'dict[str, Any]'
 decode.skip_decode(most: 'Budget' = 1.0, least: 'Budget' = 0.5, warm: 'int' = 1, over: 'int' = 64, stairs: 'int | None' = 4) -> \
 'SkipDecode'
 decode.spectr(cfg: 'Config', length: 'int' = 4, copies: 'int' = 4) -> 'DraftModel'
 decode.suggest(m: 'Model', prompt: 'str | Sequence[int]', how: 'Superposed' = Superposed(drafts=3, top=None, alpha=0.54, weights=(0.01, \
 0.04, 0.15, 0.18, 0.12), temperature=0.06, penalty=200.0), *, new: 'int' = 16, ngrams: 'NGrams | None' = None, kv: 'Policy | None' = None, \
 stop: 'bool' = True) -> 'list[Suggestion]'
-decode.swift(attention: 'tuple[int, ...]', ffn: 'tuple[int, ...]', length: 'int' = 5, candidates: 'int' = 3, sure: 'float' = 0.8) -> \
-'Swift'
+decode.swift(attention: 'tuple[int, ...] | None' = None, ffn: 'tuple[int, ...] | None' = None, length: 'int' = 5, candidates: 'int' = 3, \
+sure: 'float' = 0.8, share: 'float' = 0.45, tail: 'int' = 50) -> 'Swift | OnlineSwift'
 decode.token_recycling(tree: 'tuple[tuple[int, ...], ...]' = TREE_16, rank: 'int' = 8) -> 'TokenRecycling'
 evaluate(m: 'Model', kv: 'Policy | None' = None, *, cut: 'Pass | None' = None, prefill: 'Pattern | None' = None, bounded: 'int | None' = \
 None, task: 'str' = 'multi_question', length: 'int' = 2048, n: 'int' = 4, seed: 'int' = 0) -> 'dict[str, Any]'
@@ -96,6 +97,8 @@ kv.recent_rows(budget: 'Budget' = 0.125) -> 'Keep'
 kv.rkv(budget: 'Budget' = 0.125, window: 'int' = 8, weight: 'float' = 0.1, evict: 'int' = 16) -> 'Keep'
 kv.shadowkv(budget: 'Budget' = 0.125, rank: 'float | int' = 0.156, outliers: 'float | int' = 0.003, host: 'bool' = False) -> 'ShadowKV'
 kv.snapkv(budget: 'Budget' = 0.125, window: 'int' = 16, kernel: 'int' = 5, pool: 'str' = 'avg') -> 'Keep'
+kv.spatten_cache(high: 'int | None' = 8, low: 'int' = 4, tau: 'float' = 0.1, values: 'Budget' = 0.3, group: 'int' = 32, rule: 'Policy' = \
+Full()) -> 'ByScores'
 kv.streaming_llm(budget: 'Budget' = 0.125, sinks: 'int' = 4, evict: 'int' = 1) -> 'Streaming'
 kv.think(channels: 'float' = 0.6, window: 'int' = 32, rule: 'Policy' = Full()) -> 'Thin'
 kv.tova(budget: 'Budget' = 0.125, evict: 'int' = 1) -> 'Keep'
@@ -143,6 +146,8 @@ reduce.resting(every: 'int' = 2, halves: 'tuple[bool, bool]' = (False, True), fi
 reduce.sparsevlm(keep: 'tuple[Budget, ...]' = (0.52, 0.347, 0.19), at: 'tuple[Depth, ...]' = (0.09375, 0.21875, 0.5), recycle: 'float' = \
 0.3) -> 'SparseVLM'
 reduce.spatten(budget: 'Budget' = 0.125, at: 'tuple[Depth, ...]' = (0.2, 0.4, 0.6, 0.8)) -> 'MassCascade'
+reduce.spatten_heads(budget: 'Budget' = 0.125, at: 'tuple[Depth, ...]' = (0.2, 0.4, 0.6, 0.8), heads_left: 'Budget' = 0.5, heads_at: \
+'tuple[Depth, ...]' = (0.625, 0.875)) -> 'HeadCascade'
 reduce.transprune(keep: 'tuple[Budget, ...]' = (0.875, 0.625, 0.125), at: 'tuple[Depth, ...]' = (0.21875, 0.28125, 0.375), renumber: \
 'bool' = True) -> 'TransPrune'
 reduce.truncated(budget: 'Budget' = 0.125) -> 'LastRows'

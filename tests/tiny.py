@@ -55,6 +55,8 @@ OWN = {
     "SkipDecode": {"least": 1, "warm": 1, "over": 6},
     "LazyLLM": {"at": (0, 1)},
     "SpAtten": {"at": (0, 1)},
+    "SpAttenHeads": {"at": (0, 1), "heads_at": (0,)},
+    "SpAttenCache": {"high": 2, "low": 2, "tau": 0.5, "values": 0.2},
     "TOVA": {"budget": 0.6},  # at half, its sums over heads look like activations to the test that counts those
 }
 

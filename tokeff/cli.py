@@ -137,7 +137,7 @@ def _methods(known: argparse.Namespace, rest: list[str], args: list[str]) -> Non
     """List the methods, or print one's BibTeX entry."""
     from tokeff import listing
 
-    methods = {method.name: method for method in listing.methods()}
+    methods = {method.name: method for method in listing.every()}
     if known.bibtex is not None:
         if known.bibtex not in methods:
             raise UserError(f"no method {known.bibtex!r}; {nearest(known.bibtex, methods)}")

@@ -18,14 +18,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from tokeff.decode.draft import Drafter, Plain
+from tokeff.decode.revive import revived
 from tokeff.errors import UserError
 from tokeff.generation import Setup, bucket, encode, read
 from tokeff.kv import compact as coding
 from tokeff.kv.compact import Compact
 from tokeff.kv.extend import pack
 from tokeff.kv.policy import Full, Policy, Prefilled, tree_bytes
+from tokeff.kv.some_heads import SomeHeads
 from tokeff.listing import methods
 from tokeff.models.config import Config
+from tokeff.models.flow import Here
 from tokeff.models.load import Model, fingerprint
 from tokeff.models.transformer import Pass
 from tokeff.sharding import beside, field_of
@@ -46,7 +49,8 @@ def choices() -> dict[str, type]:
 
     published = (method.build(**method.settings("paper")) for method in methods() if method.published is not None and method.bare)
     hosted = (method.make(host=True) for method in methods() if "host" in inspect.signature(method.make).parameters)
-    for part in (Setup(), Compact(), PerHead(1, 0), *(method.make() for method in methods() if method.bare), *published, *hosted):
+    parts = (Setup(), Setup(**revived()), Compact(), PerHead(1, 0), SomeHeads(Full()))
+    for part in (*parts, *(method.make() for method in methods() if method.bare), *published, *hosted):
         walk(part)
     return found
 
@@ -186,15 +190,17 @@ def abstract(cfg: Config, setup: Setup, rows: tuple[tuple[int, int], ...], room:
     """The packed layers as shapes and dtypes, without computing them. rows: of each layer how many it was packed from, and, where it was
     read in bounded memory, how many came in all."""
 
-    def layer(rows: tuple[int, int]) -> Any:
-        S, whole = rows
-        kv = jax.ShapeDtypeStruct((1, cfg.K, S, cfg.H), dtype)
-        order, length, index = (jax.ShapeDtypeStruct(shape, "int32") for shape in ((1, cfg.K if whole else 1, S), (1,), ()))
+    def layer(i: int) -> Any:
+        S, whole = rows[i]
+        here = Here(i, cfg).fewer(cfg.K if setup.cut is None else setup.cut.heads_in(i, cfg)).cfg
+        kv = jax.ShapeDtypeStruct((1, here.K, S, cfg.H), dtype)
+        order, length, index = (jax.ShapeDtypeStruct(shape, "int32") for shape in ((1, here.K if whole else 1, S), (1,), ()))
+        heads = None if here.K == cfg.K else jax.ShapeDtypeStruct((1, here.K), "int32")
         like: Any = Prefilled  # shapes in the place of arrays
-        return like(kv, kv, order, length, index, {ask: ask.like(1, S, cfg) for ask in setup.kv.needs()}, length if whole else None,
-                    whole or None)  # fmt: skip
+        return like(kv, kv, order, length, index, {ask: ask.like(1, S, here) for ask in setup.kv.needs()}, length if whole else None,
+                    whole or None, heads)  # fmt: skip
 
-    return jax.eval_shape(lambda layers: setup.kv.pack(layers, setup.room(room), cfg), tuple(map(layer, rows)))
+    return jax.eval_shape(lambda layers: setup.kv.pack(layers, setup.room(room), cfg), tuple(map(layer, range(cfg.L))))
 
 
 def to_json(value: Any) -> Any:

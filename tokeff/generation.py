@@ -50,6 +50,11 @@ class Setup:
     prefill: Pattern | None = None
     bounded: int | None = None
 
+    def __post_init__(self):
+        """A pass says what holds the prompt that it leaves (`Pass.holds`)."""
+        if isinstance(self.cut, Pass) and isinstance(self.kv, Policy):
+            object.__setattr__(self, "kv", self.cut.holds(self.kv))
+
     def check(self, m: Model, lengths: Sequence[int], new: int) -> None:
         """Raise UserError when the parts do not fit each other, the model, or the prompts."""
         self.check_kinds()

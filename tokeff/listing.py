@@ -1,4 +1,7 @@
-"""Every method, in one tuple. A method that stands here is run by the shared property tests, the command line and the reports."""
+"""Every method of text, in one tuple. A method that stands here is run by the shared property tests, the command line and the reports.
+
+Those over rows of pictures, videos and sound are listed in tokeff/reduce/listing.py; `every` has both.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,12 @@ from tokeff import papers, published
 from tokeff.decode import methods as decode
 from tokeff.errors import UserError, nearest
 from tokeff.kv import methods as kv
+from tokeff.listed import SETTINGS as SETTINGS
+from tokeff.listed import Listed, named_settings
 from tokeff.papers import Paper
+from tokeff.reduce import listing as rows
 from tokeff.reduce import methods as reduce
 from tokeff.sparse import methods as sparse
-
-SETTINGS = ("scaled", "paper")  # names of settings
 
 
 @dataclass(frozen=True)
@@ -47,14 +51,8 @@ class Method:
     calibrates: tuple[str, ...] = ()
 
     def settings(self, name: str = "scaled") -> dict[str, Any]:
-        """Every setting of `make` under a name: 'scaled', the defaults, which are shares of context, heads and width; or 'paper', the
-        published numbers. Raises UserError for another name, and for a baseline's 'paper'."""
-        if name not in SETTINGS:
-            raise UserError(f"no settings named {name!r}; {nearest(name, SETTINGS)}")
-        if name == "paper" and self.published is None:
-            raise UserError(f"{self.name} is no published method; use its 'scaled' settings")
-        scaled = {k: p.default for k, p in inspect.signature(self.make).parameters.items()}
-        return scaled | (self.published or {}) if name == "paper" else scaled
+        """As `named_settings`."""
+        return named_settings(self, name)
 
     @property
     def bare(self) -> bool:
@@ -85,6 +83,7 @@ _LONG = {"residual": 2**20}
 _WHOLE = ({"outliers": 0.125}, {"outliers": 0.5}, {"outliers": 1.0})
 _FINER = tuple(a | b for a, b in zip(_WHOLE, _BITS, strict=True))
 _RANKS = ({"rank": 0.25, "rope": 1.0}, {"rank": 0.5, "rope": 1.0}, {"rank": 1.0, "rope": 1.0})
+_PLANES = tuple({"high": bits, "low": bits, "tau": 2.0, "values": 1.0} for bits in (2, 4, 8))
 _CHANNELS = ({"channels": 0.25}, {"channels": 0.5}, {"channels": 1.0})
 
 METHODS: tuple[Method, ...] = (
@@ -143,6 +142,10 @@ METHODS: tuple[Method, ...] = (
     ),
     Method("ThinK", "kv", "kv", kv.think, False, papers.THINK, published.THINK, identity=_CHANNELS[-1], converges=_CHANNELS),
     Method("TransMLA", "kv", "kv", kv.transmla, False, papers.TRANSMLA, published.TRANSMLA, identity=_RANKS[-1], converges=_RANKS),
+    Method(
+        "SpAttenCache", "kv", "kv", kv.spatten_cache, False, papers.SPATTEN, published.SPATTEN_CACHE,
+        identity={"high": None, "values": 1.0}, converges=_PLANES, reading=True,
+    ),
     Method("Hydragen", "kv", "reuse", kv.hydragen, True, papers.HYDRAGEN, published.HYDRAGEN, identity={}),
     Method(
         "TidalDecode", "kv", "sparse", sparse.tidaldecode, False, papers.TIDAL, published.TIDAL, budgeted_by="read", identity=_ALL,
@@ -184,6 +187,10 @@ METHODS: tuple[Method, ...] = (
     Method(
         "SpAtten", "cut", "reduce", reduce.spatten, False, papers.SPATTEN, published.SPATTEN, budgeted_by="held", identity=_ALL,
         reading=True,
+    ),
+    Method(
+        "SpAttenHeads", "cut", "reduce", reduce.spatten_heads, False, papers.SPATTEN, published.SPATTEN_HEADS, budgeted_by="held",
+        identity=_ALL | {"heads_left": 1.0}, reading=True,
     ),
     Method("AShape", "prefill", "sparse", sparse.a_shape, False, papers.MINFERENCE, published.A_SHAPE, identity={"window": 1 << 20}),
     Method("TriShape", "prefill", "sparse", sparse.tri_shape, False, papers.SCBENCH, published.TRI_SHAPE, identity={"window": 1 << 20}),
@@ -251,3 +258,8 @@ def find(name: str) -> Method:
 def methods() -> tuple[Method, ...]:
     """All methods, in the order reports show them."""
     return METHODS
+
+
+def every() -> tuple[Listed, ...]:
+    """All methods of any kind: those of text, then those over rows of pictures and videos before a decoder, and inside networks."""
+    return (*METHODS, *rows.picture_methods(), *rows.inside_methods())

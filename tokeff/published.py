@@ -53,7 +53,9 @@ RECYCLED = {"budget": 0.125, "every": 10, "recent": 10}  # paper, as a reproduct
 GEMFILTER = {"budget": 1024, "layer": 13}  # Llama-3.1-8B
 DISTILL = {"budget": 1024, "layer": 13}
 LAZY: dict[str, object] = {}  # where it prunes and how much are not recovered
-SPATTEN = {"budget": 0.26}  # paper: 3.8 times fewer tokens on generation tasks, in the mean; its layers are not recovered
+SPATTEN = {"budget": 0.3, "at": (1 / 24, 1 / 12, 1 / 6, 5 / 12)}  # released trace of GPT-2 medium: .9, .8, .6 and .3 of 1024 rows
+SPATTEN_HEADS = SPATTEN | {"heads_left": 0.625, "heads_at": (0.625, 0.875)}  # 13, then 10 of 16 heads
+SPATTEN_CACHE = {"high": 8, "low": 4, "values": 0.3}  # 12 bits, 4 of them on demand; its threshold is not recovered
 # Passes over rows of pictures, in decoders of 32 layers (AIM: 28) that read 576 rows of a picture
 FASTV = {"budget": 0.5, "layer": 2}  # paper: K 2, R 50%
 PYRAMIDDROP = {"share": 0.5, "at": (8, 16, 24)}

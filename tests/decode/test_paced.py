@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from properties.test_copies import large
 
+from tokeff.decode.loop import settle
 from tokeff.decode.methods import draft_model, paced, plain, prompt_lookup, token_recycling
 from tokeff.decode.paced import Paced, first_nodes, run_paced
 from tokeff.decode.sample import GREEDY
@@ -34,6 +36,32 @@ def test_the_text_is_that_of_plain_decoding_at_any_pace(name):
     assert free == wanted and dear == wanted
     assert few.max() < 47, "no draft was ever accepted"
     assert many.min() >= few.min()
+
+
+def lowered(policy):
+    drafter = paced(RECYCLING, (1, 4, 8), FREE)
+    s = tiny.start(tiny.read(policy), policy, drafter, new=48)
+    return s, run_paced.lower(tiny.params(), tiny.CFG, s, jnp.int32(5), policy=policy, drafter=drafter, how=GREEDY, eos=())
+
+
+def test_no_width_copies_a_cache():
+    """Nor does what moves accepted rows into slots before a pass without a draft."""
+    s, program = lowered(POLICIES["full"])
+    found = large(tiny.compiled(program).as_text(), {tuple(sorted(s.layers[0].k_BKCH.shape))})
+    assert found and not [line for operation, line in found if operation.startswith("copy")]
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_accepted_rows_move_into_slots_without_a_look_at_the_weights(name):
+    """What is not read may be NaN."""
+    policy, params, drafter = POLICIES[name], tiny.params(), token_recycling(tiny.TREE)
+    s = tiny.go(tiny.start(tiny.read(policy), policy, drafter, new=48), policy, drafter, steps=5)
+    assert s.accepted.count_B.any()
+    wrong = jax.tree.map(lambda x: x * jnp.nan, params)
+    right, same = (settle(p, tiny.CFG, jax.tree.map(jnp.copy, s), policy=policy).layers for p in (params, wrong))
+    jax.tree.map(np.testing.assert_array_equal, right, same)
+    live = [np.asarray(layers[0].live_B) for layers in (s.layers, right)]
+    assert name != "full" or (live[1] - live[0] == np.asarray(s.accepted.count_B)).all()
 
 
 class Numbers:

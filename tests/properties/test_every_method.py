@@ -57,7 +57,7 @@ def test_finer_settings_come_closer_to_dense(name):
 @pytest.mark.parametrize("name", listed("kv", "cut", where=lambda m: m.budgeted_by or m.converges))
 def test_active(name):
     """A budget below 1 that holds and reads 99% of the rows did nothing."""
-    policy, packed = part(name).get("kv", tiny.FULL), steps(name).packed
+    policy, packed = runs.holding(name), steps(name).packed
     full = steps("Full").packed
     held = tree_bytes(packed) / tree_bytes(full)
     read = sum(policy.bytes_read(layer, Here(i, tiny.CFG)) for i, layer in enumerate(packed)) / tree_bytes(full)
@@ -69,7 +69,7 @@ def test_active(name):
 def test_rows_and_bytes_stay_within_budget(name):
     """Prompt rows kept never exceed the share, summed over what the budget is a mean of: the heads of a layer, or of the model. An
     evicting policy holds the total to it throughout."""
-    policy = part(name).get("kv", tiny.FULL)
+    policy = runs.holding(name)
     given = runs.prompt_of(name, "small").next_B.tolist()
     evicts, whole = policy.vacancy(steps(name).packed[0]) is not None, policy.span == "model"
     totals = {}

@@ -204,6 +204,21 @@ def longer_pass(cut) -> Prompt:
     return tiny.read(tiny.FULL, evidence=wanted(lambda name: cell(name, "pass").change.share is not None), cut=cut)
 
 
+@pytest.mark.parametrize("name", listed("kv"))
+def test_a_pass_that_lets_heads_go(name):
+    """The layer above it, in the heads that it left."""
+    found = joined(name, "pass of heads")
+    if not found:
+        assert cell(name, "pass of heads").reason
+        return
+    runs.check_token(found[-1].kv, narrow_pass(found[-1].cut), at=(2,))
+
+
+@cache
+def narrow_pass(cut) -> Prompt:
+    return tiny.read(tiny.FULL, evidence=wanted(lambda name: cell(name, "pass of heads").change is not None), cut=cut)
+
+
 # A pattern over the shorter prompt of a pass that begins anew; and one pattern below and above passes that choose half-way up.
 @pytest.mark.parametrize(
     ("cut", "pattern"),

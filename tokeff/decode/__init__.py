@@ -23,6 +23,7 @@ from tokeff.decode.methods import (
     swift,
     token_recycling,
 )
+from tokeff.decode.revive import revived
 from tokeff.decode.rule import Coupled
 from tokeff.decode.rules import ChainRejection, DeterministicTree, KSeq, Recursive
 from tokeff.decode.shape import best_tree, measured_cost, rates
@@ -57,6 +58,7 @@ __all__ = [
     "r2r",
     "rapid",
     "rates",
+    "revived",
     "skip_decode",
     "spectr",
     "suggest",

@@ -95,8 +95,10 @@ def flops(cut: Pass | None, cfg: Config, length: int, pictures: int = 0) -> floa
 
     A query sees half of the keys in the mean, or its window. What a score takes beyond projecting queries and keys once is left out.
     """
-    total, q, k = 0.0, cfg.N * cfg.H, cfg.K * cfg.H
+    total = 0.0
     for i, w in enumerate(rows_by_layer(cut, cfg, length, pictures)):
+        k = heads_in(cut, cfg, i) * cfg.H
+        q = cfg.N // cfg.K * k
         window = min(cfg.windows[i % cfg.L] or w.enter, w.enter)
         seen = window - window * (window - 1) / (2 * max(w.enter, 1))
         total += cfg.D * (w.enter * (q + 2 * k) + w.leave * q + w.ranked * (q + k)) + 2 * w.leave * seen * q + 3 * w.leave * cfg.D * cfg.F
@@ -104,8 +106,14 @@ def flops(cut: Pass | None, cfg: Config, length: int, pictures: int = 0) -> floa
 
 
 def held_rows(cut: Pass | None, cfg: Config, length: int, pictures: int = 0) -> float:
-    """Keys that the layers hold after the prompt, as a share of a full cache."""
-    return sum(w.enter for w in rows_by_layer(cut, cfg, length, pictures)[-cfg.L :]) / (cfg.L * length)
+    """Keys that the layers hold after the prompt, in the heads that they have, as a share of a full cache."""
+    work = rows_by_layer(cut, cfg, length, pictures)[-cfg.L :]
+    return sum(w.enter * heads_in(cut, cfg, i) for i, w in enumerate(work)) / (cfg.K * cfg.L * length)
+
+
+def heads_in(cut: Pass | None, cfg: Config, i: int) -> int:
+    """The kv heads of the i-th layer that runs."""
+    return cfg.K if cut is None else cut.heads_in(i % cfg.L, cfg)
 
 
 def check_share(share: float) -> None:

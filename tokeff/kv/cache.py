@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from tokeff.kernels import compact_rows
 from tokeff.models.attention import wide
 from tokeff.models.flow import EMPTY, Accepted, Flow
 from tokeff.sharding import top_k
@@ -89,23 +90,35 @@ def slots_for(rows: Rows, nth_BT: jax.Array) -> jax.Array:
 
 def write(rows: Rows, k_BKTH: jax.Array, v_BKTH: jax.Array, order_BT: jax.Array) -> Rows:
     """Put rows into slots, those with order EMPTY into none. The caller sees to it that they fit."""
-    B, K, C = rows.order_BKC.shape
+    slot_BKT = arriving(rows, order_BT)
+    k_BKCH = put(rows.k_BKCH, slot_BKT, k_BKTH.astype(rows.k_BKCH.dtype))
+    v_BKCH = put(rows.v_BKCH, slot_BKT, v_BKTH.astype(rows.v_BKCH.dtype))
+    return entered(rows, k_BKCH, v_BKCH, slot_BKT, order_BT)
+
+
+def arriving(rows: Rows, order_BT: jax.Array) -> jax.Array:
+    """slot_BKT of rows that arrive. Those with order EMPTY get slots out of range, which are dropped; distinct ones, since XLA writes in
+    place where indices are promised to be unique."""
     valid = order_BT != EMPTY
-    slot = slots_for(rows, rows.live_B[:, None] + jnp.cumsum(valid, axis=1) - 1)
-    # Out-of-range slots are dropped; distinct ones keep the promise of unique indices, which lets XLA write in place.
-    slot = jnp.where(valid[:, None], slot, C + jnp.arange(order_BT.shape[1]))
+    slot_BKT = slots_for(rows, rows.live_B[:, None] + jnp.cumsum(valid, axis=1) - 1)
+    return jnp.where(valid[:, None], slot_BKT, rows.capacity + jnp.arange(order_BT.shape[1]))
 
-    def put(x, s, new):
-        return x.at[s].set(new, mode="drop", unique_indices=True)
 
-    order = jnp.broadcast_to(order_BT[:, None], slot.shape)
+def put(x_BKCx: jax.Array, slot_BKT: jax.Array, new_BKTx: jax.Array) -> jax.Array:
+    """x with new rows, or numbers, in these slots of every head."""
+    return per_head(lambda x, s, new: x.at[s].set(new, mode="drop", unique_indices=True))(x_BKCx, slot_BKT, new_BKTx)
+
+
+def entered(rows: Rows, k_BKCH: jax.Array, v_BKCH: jax.Array, slot_BKT: jax.Array, order_BT: jax.Array) -> Rows:
+    """The store whose keys and values came in, with their orders, and nothing noted of them yet."""
+    zero_BKT = jnp.zeros(slot_BKT.shape)
     return rows.replace(
-        k_BKCH=per_head(put)(rows.k_BKCH, slot, k_BKTH.astype(rows.k_BKCH.dtype)),
-        v_BKCH=per_head(put)(rows.v_BKCH, slot, v_BKTH.astype(rows.v_BKCH.dtype)),
-        order_BKC=per_head(put)(rows.order_BKC, slot, order),
-        mass_BKC=None if rows.mass_BKC is None else per_head(put)(rows.mass_BKC, slot, jnp.zeros(slot.shape)),
-        bias_BKC=None if rows.bias_BKC is None else per_head(put)(rows.bias_BKC, slot, jnp.zeros(slot.shape)),
-        live_B=rows.live_B + valid.sum(axis=1, dtype=jnp.int32),
+        k_BKCH=k_BKCH,
+        v_BKCH=v_BKCH,
+        order_BKC=put(rows.order_BKC, slot_BKT, jnp.broadcast_to(order_BT[:, None], slot_BKT.shape)),
+        mass_BKC=None if rows.mass_BKC is None else put(rows.mass_BKC, slot_BKT, zero_BKT),
+        bias_BKC=None if rows.bias_BKC is None else put(rows.bias_BKC, slot_BKT, zero_BKT),
+        live_B=rows.live_B + (order_BT != EMPTY).sum(axis=1, dtype=jnp.int32),
     )
 
 
@@ -119,9 +132,12 @@ def commit(rows: Rows, accepted: Accepted) -> Rows:
     """Move the previous call's accepted draft rows into slots. Unaccepted ones are simply overwritten later."""
     draft = rows.draft
     assert draft is not None, "this cache was packed without room for drafts"
-    B, K, W, _ = draft.k_BKWH.shape
-    path = jnp.broadcast_to(accepted.path_BW[:, None], (B, K, W))
-    return write(rows, take_rows(draft.k_BKWH, path), take_rows(draft.v_BKWH, path), accepted_orders(draft, accepted))
+    order_BW, dtype = accepted_orders(draft, accepted), rows.k_BKCH.dtype
+    slot_BKW = arriving(rows, order_BW)
+    to_BKW = jnp.where((order_BW != EMPTY)[:, None], slot_BKW, EMPTY)
+    path_BKW = jnp.broadcast_to(accepted.path_BW[:, None], to_BKW.shape)
+    moved = compact_rows(rows.k_BKCH, rows.v_BKCH, path_BKW, to_BKW, draft.k_BKWH.astype(dtype), draft.v_BKWH.astype(dtype))
+    return entered(rows, *moved, slot_BKW, order_BW)
 
 
 def hold(rows: Rows, k_BKTH: jax.Array, v_BKTH: jax.Array, new: Flow, q=None) -> Rows:

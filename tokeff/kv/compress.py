@@ -46,6 +46,9 @@ class HeadMass(Evidence):
     def attends(self) -> float:
         return self.last
 
+    def by_head(self) -> str:
+        return "its judges are heads of the whole layer"
+
     def role(self, layer: int) -> tuple[int, ...]:
         return self.of(layer)
 

@@ -27,6 +27,7 @@ class Seen(struct.PyTreeNode):
     order_BKS: jax.Array
     length_B: jax.Array  # of the whole prompt
     id_BT: jax.Array | None = None  # the tokens of the rows that this call added
+    x_BTD: jax.Array | None = None  # the vectors with which these rows entered the layer, those that a pass drops there included
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,13 @@ class Evidence:
 
     def check(self, cfg, length: int) -> None:
         """Raise UserError where it cannot be gathered from a prompt of this length."""
+
+    def behind(self, cut: Any, cfg) -> None:
+        """Raise UserError where it cannot be gathered under this pass (None: no pass)."""
+
+    def by_head(self) -> str | None:
+        """None when it can be gathered in a layer that lost heads to a pass; else the reason it cannot."""
+        return None
 
     def attends(self) -> float:
         """Of how many last rows it takes the attention: 0 for none, infinity for all."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 from tokeff.errors import UserError
 from tokeff.kv.blend import Blend
 from tokeff.kv.budget import Budget, Spread
+from tokeff.kv.by_scores import ByScores
 from tokeff.kv.classes import ByClass, Heads
 from tokeff.kv.coded import Fold
 from tokeff.kv.compress import ByImportance, HeadWindow
@@ -19,6 +20,7 @@ from tokeff.kv.keep import Keep
 from tokeff.kv.latent import TransMLA
 from tokeff.kv.mean_row import MeanRow
 from tokeff.kv.merge_rows import Bequeath, GlobalLocal, Merged, Watched
+from tokeff.kv.planes import Split
 from tokeff.kv.policy import Full, Policy
 from tokeff.kv.pool import KeepByHead, KeepByModel
 from tokeff.kv.pyramid import Pyramid, Spared
@@ -253,6 +255,18 @@ def gear(
     """
     key = Gear(ByChannel(bits), rank, outliers, axis=3)
     return Fold(rule, key, Gear(ByToken(bits, group), rank, outliers), page=group, window=residual)
+
+
+def spatten_cache(
+    high: int | None = 8, low: int = 4, tau: float = 0.1, values: Budget = 0.3, group: int = 32, rule: Policy = _ALL
+) -> ByScores:
+    """SpAtten's reading (Wang et al. 2021): scores by the `high` bits of the keys, and by `low` more where the largest probability is
+    below `tau`; values of the most probable rows alone.
+
+    high=None leaves keys as they are. values: how many rows a query reads values of. Keys have a zero and a step for every `group` of
+    channels of a row. As published: 8 and 4 bits, values of 0.3; the cascades of the prompt are `tokeff.reduce.spatten_heads`.
+    """
+    return ByScores(rule, None if high is None else Split(high, low, group, tau), values)
 
 
 def think(channels: float = 0.6, window: int = 32, rule: Policy = _ALL) -> Thin:

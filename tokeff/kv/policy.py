@@ -33,6 +33,7 @@ class Prefilled(struct.PyTreeNode):
     evidence_BKS: dict[Evidence, Any]  # attention mass of each stored row, or what else was asked for
     whole_B: jax.Array | None = None  # while rows are dropped between pieces of a prompt: how many there are with those gone or to come
     whole: int | None = struct.field(pytree_node=False, default=None)  # the most that whole_B can be
+    head_BK: jax.Array | None = None  # which kv heads these are, where a pass let others go
 
     @property
     def here_B(self) -> jax.Array:

@@ -19,6 +19,7 @@ from tokeff.errors import UserError
 from tokeff.kv.cache import per_head
 from tokeff.kv.evidence import Evidence, Seen
 from tokeff.kv.policy import Policy, Prefilled
+from tokeff.kv.some_heads import in_heads
 from tokeff.models.attention import flash
 from tokeff.models.config import Config, Params
 from tokeff.models.flow import EMPTY, Accepted, Flow, Here
@@ -37,11 +38,14 @@ class Gather(Policy):
         return None if self.pattern is None else self.pattern.role(layer), *(kind.role(layer) for kind in self.evidence)
 
     def attend(self, q, k, v, ask: Flow, new: Flow, layer: Prefilled, accepted: Accepted | None, across, here: Here):
+        if layer.head_BK is not None and new.head_BK is None:  # what continues a prompt that lost heads to a pass
+            out, rows = in_heads(layer.head_BK, self, q, k, v, ask, new, layer.replace(head_BK=None), accepted, here)
+            return out, rows.replace(head_BK=layer.head_BK), across
         cfg, before = here.cfg, layer.order_BKS.shape[2]
         raw, q, k = q, here.rotate(q, ask.angle_BT[:, :, None]), here.rotate(k, new.angle_BT[:, :, None])
-        dtype = layer.k_BKSH.dtype
-        k = jnp.concatenate([layer.k_BKSH, k.swapaxes(1, 2).astype(dtype)], axis=2)
-        v = jnp.concatenate([layer.v_BKSH, v.swapaxes(1, 2).astype(dtype)], axis=2)
+        dtype, here_K = layer.k_BKSH.dtype, slice(k.shape[2])  # a layer without rows takes as many heads as come
+        k = jnp.concatenate([layer.k_BKSH[:, here_K], k.swapaxes(1, 2).astype(dtype)], axis=2)
+        v = jnp.concatenate([layer.v_BKSH[:, here_K], v.swapaxes(1, 2).astype(dtype)], axis=2)
         heads = layer.order_BKS.shape[:2]
         order = jnp.concatenate([layer.order_BKS, jnp.broadcast_to(new.order_BT[:, None], (*heads, new.order_BT.shape[1]))], axis=2)
         if self.pattern is not None and ask is new:
@@ -53,9 +57,9 @@ class Gather(Policy):
                 # Padding between two turns or pieces makes rows stand further apart than their orders say.
                 window=None if self.gaps else here.window,
             )  # fmt: skip
-        seen = Seen(raw, q, lse, ask, k, order, layer.length_B, new.id_BT)
+        seen = Seen(raw, q, lse, ask, k, order, layer.length_B, new.id_BT, new.x_BTD)
         evidence = {a: a.gather(seen, layer.evidence_BKS.get(a), here) for a in self.evidence}
-        return out, layer.replace(k_BKSH=k, v_BKSH=v, order_BKS=order, evidence_BKS=evidence), across
+        return out, layer.replace(k_BKSH=k, v_BKSH=v, order_BKS=order, evidence_BKS=evidence, head_BK=new.head_BK), across
 
 
 class Prompt(struct.PyTreeNode):
@@ -135,6 +139,8 @@ def prefill(
     """
     check_pieces(after is not None, chunk if chunk is not None and chunk < tokens_BT.shape[1] else None, cut, pattern)
     text, given_B, dtype, place = tokens_BT, length_B, dtype or params.embed_VD.dtype.name, None
+    for kind in evidence:
+        kind.behind(cut, cfg)
     if embeds is not None:
         check_embeds(embeds.place_BM is not None, evidence, pattern)
     if pattern is not None and pattern.own_pass and after is None:
@@ -218,9 +224,13 @@ def check_pieces(goes_on: bool, chunk: int | None, cut: Pass | None, pattern: An
 
 
 def check_pass(pattern: Any, cut: Pass | None) -> None:
-    """Refuse a pass with a prefill that itself says which rows go on."""
-    if cut is not None and pattern is not None and pattern.own_pass:
+    """Refuse a pass with a prefill that itself says which rows go on, or what each head of a layer reads where the pass lets some go."""
+    if cut is None or pattern is None:
+        return
+    if pattern.own_pass:
         raise UserError(f"{type(pattern).__name__} says itself which rows go on; leave out cut={type(cut).__name__} or prefill")
+    if pattern.by_head and cut.narrows:
+        raise UserError(f"{type(pattern).__name__} names heads of whole layers, and {type(cut).__name__} lets some go; set heads_left=1.0")
 
 
 def revisited(evidence, params, cfg, prompt: Prompt, tokens_BT, length_B, dtype, x_BTD=None) -> Prompt:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ class Flow(struct.PyTreeNode):
     draft, or, where a drafter runs layers itself, the T rows of it that stand from place `at` (a number, of W) on.
     id_BT: the token of each row, EMPTY for padding, for methods that read the text; None where rows are not of tokens.
     score_BT, whole_B: what a pass notes on the way (`Pass.note`): a number of each row, and of how many rows its shares are.
+    head_BK, loud_BK: which kv heads attend, ascending (None: all), and what a pass adds up of what each of them says (`Pass.listen`).
     """
 
     x_BTD: jax.Array
@@ -34,6 +35,8 @@ class Flow(struct.PyTreeNode):
     at: jax.Array | None = None
     score_BT: jax.Array | None = None
     whole_B: jax.Array | None = None
+    head_BK: jax.Array | None = None
+    loud_BK: jax.Array | None = None
 
     def take(self, index_BM: jax.Array) -> Flow:
         """The chosen rows (index EMPTY = no row). Only certain rows can be chosen from."""
@@ -51,6 +54,8 @@ class Flow(struct.PyTreeNode):
             id_BT=None if self.id_BT is None else jnp.where(gone, EMPTY, pick(self.id_BT)),
             score_BT=None if self.score_BT is None else pick(self.score_BT),
             whole_B=self.whole_B,
+            head_BK=self.head_BK,
+            loud_BK=self.loud_BK,
         )
 
     def put(self, some: Flow, index_BM: jax.Array) -> Flow:
@@ -86,6 +91,10 @@ class Here:
     def lo(self, order: jax.Array) -> jax.Array:
         """The smallest order a row of this order may read: 0, or the start of the layer's sliding window."""
         return jnp.zeros_like(order) if self.window is None else jnp.maximum(order - self.window + 1, 0)
+
+    def fewer(self, K: int) -> Here:
+        """The same layer with so many of its kv heads, each with its query heads."""
+        return replace(self, cfg=replace(self.cfg, K=K, N=self.cfg.N // self.cfg.K * K))
 
     def rotate(self, x: jax.Array, angle: jax.Array, *, inverse: bool = False) -> jax.Array:
         """Rotary embedding of this layer: x (..., H) by angle (...). `inverse` takes it off again."""

@@ -7,18 +7,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 
-from tokeff.errors import UserError
 from tokeff.models.attention import wide
 from tokeff.models.config import Block, Config, Params
 from tokeff.models.flow import EMPTY, Accepted, Flow, Here
+from tokeff.models.passes import Pass as Pass
 
 
 class Attends(Protocol):
@@ -39,67 +38,6 @@ class Attends(Protocol):
     ) -> tuple[jax.Array, Any, Any]: ...
 
     def role(self, layer: int, /) -> Any: ...
-
-
-class Pass:
-    """Base class of what says which prompt rows go on through the network (`tokeff.reduce`): at each of its `layers` it chooses some, and
-    the layers above hold no others. A frozen choice, like a policy. `here.layer` tells `choose` which of its layers this is.
-
-    restart: instead of going on, the model runs again on the tokens chosen at its first layer. writes: rows that are not chosen still write
-    their key and value at that layer, and the others read them; False: they are gone before it. renumbers: it moves rows to other angles.
-    """
-
-    restart: ClassVar[bool] = False
-    writes: ClassVar[bool] = True
-
-    @property
-    def renumbers(self) -> bool:
-        return False
-
-    def layers(self, cfg: Config) -> tuple[int, ...]:
-        """Where it chooses, ascending."""
-        raise NotImplementedError
-
-    def check_layers(self, cfg: Config) -> None:
-        """Raise UserError when it chooses where the model has no layer: what can be said before there is a prompt."""
-        if not all(0 <= layer < cfg.L for layer in self.layers(cfg)):
-            raise UserError(f"{type(self).__name__} cannot choose at layers {self.layers(cfg)}; give 0 to {cfg.L - 1}")
-
-    def check(self, cfg: Config, length: int) -> None:
-        """Raise UserError when it cannot work on this model and prompt length."""
-
-    def rows(self, length: int) -> int:
-        """How many of so many rows go on to the top."""
-        raise NotImplementedError
-
-    def role(self, layer: int, cfg: Config) -> Any:
-        """Tells layers apart in which it does different things. None: it does nothing there and is not asked, so that such layers share
-        compiled code with a prefill that has no pass."""
-        return layer if layer in self.layers(cfg) else None
-
-    def seeing(self, tokens: tuple[int, ...], texts: Sequence[Sequence[int]]) -> Self:
-        """This pass for prompts in which these tokens stand for rows of pictures. Models of pictures ask before they check it."""
-        return self
-
-    def choose(self, q_BTNH: jax.Array, k_BTKH: jax.Array, flow: Flow, here: Here) -> jax.Array:
-        """index_BM of the rows of this call that go on, ascending, EMPTY past their number; from unrotated queries and keys."""
-        raise NotImplementedError
-
-    def take(self, flow: Flow, index_BM: jax.Array, here: Here) -> Flow:
-        """The rows that go on. They may move to other angles, and where the others are gone before the layer, take some of them in."""
-        return flow.take(index_BM)
-
-    def note(self, q_BTNH: jax.Array, k_BTKH: jax.Array, flow: Flow, here: Here) -> Flow:
-        """Asked in every layer that has a role before the rows attend: the flow with what it wants to know of them later."""
-        return flow
-
-    def added(self, y_BTD: jax.Array, out_BTD: jax.Array, flow: Flow, here: Here) -> Flow:
-        """Asked after each half of a layer, which made `out` of the normed rows `y` and will add it to them: as `note`."""
-        return flow
-
-    def awake(self, half: int, flow: Flow, here: Here) -> jax.Array | None:
-        """index_BM of the rows that go through this half of a layer (0 attention, 1 feed-forward); the others pass it by. None: all do."""
-        return None
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
@@ -163,14 +101,32 @@ def linear(x: jax.Array, w: jax.Array, out: int = 1) -> jax.Array:
     return product(x.reshape(*lead, flat.shape[1]), flat).reshape(*lead, *w.shape[:out])
 
 
-def project(w: Block, cfg: Config, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Unrotated q_BTNH, k_BTKH, v_BTKH of normed input rows."""
+def of_heads(w: Block, head_K: jax.Array) -> Block:
+    """The attention weights of these kv heads and of the query heads that ask them."""
+    G = w.q_NHD.shape[0] // w.k_KHD.shape[0]
+    asks = (head_K[:, None] * G + jnp.arange(G)).reshape(-1)
+    q, k, v = (None if b is None else b[at] for b, at in ((w.q_bias_NH, asks), (w.k_bias_KH, head_K), (w.v_bias_KH, head_K)))
+    heads = {"q_NHD": w.q_NHD[asks], "k_KHD": w.k_KHD[head_K], "v_KHD": w.v_KHD[head_K], "o_DNH": w.o_DNH[:, asks]}
+    return w.replace(**heads, q_bias_NH=q, k_bias_KH=k, v_bias_KH=v)
+
+
+def project(w: Block, cfg: Config, x_BTD: jax.Array, head_BK: jax.Array | None = None) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Unrotated q_BTNH, k_BTKH, v_BTKH of normed input rows; head_BK: of these heads of each sequence alone, and no others are made."""
+    if head_BK is not None:
+        return jax.vmap(lambda x, heads: project(of_heads(w, heads), cfg, x))(x_BTD, head_BK)
     q, k, v = linear(x_BTD, w.q_NHD, 2), linear(x_BTD, w.k_KHD, 2), linear(x_BTD, w.v_KHD, 2)
     if w.q_bias_NH is not None and w.k_bias_KH is not None and w.v_bias_KH is not None:
         q, k, v = (x + b.astype(x.dtype) for x, b in ((q, w.q_bias_NH), (k, w.k_bias_KH), (v, w.v_bias_KH)))
     if w.q_norm_H is not None and w.k_norm_H is not None:
         q, k = rms_norm(q, w.q_norm_H, cfg.eps), rms_norm(k, w.k_norm_H, cfg.eps)
     return q, k, v
+
+
+def joined(w: Block, out_BTNH: jax.Array, head_BK: jax.Array | None = None) -> jax.Array:
+    """x_BTD: what the heads say together; head_BK: these alone speak."""
+    if head_BK is None:
+        return linear(out_BTNH, w.o_DNH)
+    return jax.vmap(lambda out, heads: linear(out, of_heads(w, heads).o_DNH))(out_BTNH, head_BK)
 
 
 def feed_forward(w: Block, cfg: Config, x_BTD: jax.Array) -> jax.Array:
@@ -239,13 +195,14 @@ def alike(policy: Attends, cut: Pass | None, cfg: Config, layer: int) -> int:
 
 def mix(w: Block, flow: Flow, layer, accepted, across, *, policy: Attends, cut: Pass | None, here: Here) -> tuple[Flow, Any, Any]:
     """The attention half of a layer. Where a `cut` chooses, the other rows are gone before it, or all write their key and value and only
-    the chosen ones ask and go on."""
-    cfg, here = here.cfg, replace(here, side=w.side)
+    the chosen ones ask and go on. Heads that a pass let go below are not made."""
+    cfg, here, heads = here.cfg, replace(here, side=w.side), flow.head_BK
+    whole, here = here, here if heads is None else here.fewer(heads.shape[1])
     chooses = cut is not None and here.layer in cut.layers(cfg)
     if cut is not None and chooses and not cut.writes:
-        q, k, _ = project(w, cfg, rms_norm(flow.x_BTD, w.attn_norm_D, cfg.eps))
+        q, k, _ = project(w, cfg, rms_norm(flow.x_BTD, w.attn_norm_D, cfg.eps), heads)
         flow = cut.take(flow, cut.choose(q, k, flow, here), here)
-    q, k, v = project(w, cfg, rms_norm(flow.x_BTD, w.attn_norm_D, cfg.eps))
+    q, k, v = project(w, cfg, rms_norm(flow.x_BTD, w.attn_norm_D, cfg.eps), heads)
     flow = flow if cut is None else cut.note(q, k, flow, here)
     ask = flow
     if cut is not None and chooses and cut.writes:
@@ -253,7 +210,8 @@ def mix(w: Block, flow: Flow, layer, accepted, across, *, policy: Attends, cut: 
         ask = cut.take(flow, index_BM, here)
         q = jnp.take_along_axis(q, jnp.maximum(index_BM, 0)[..., None, None], axis=1)
     out, layer, across = policy.attend(q, k, v, ask, flow, layer, accepted, across, here)
-    mixed = linear(out.astype(flow.x_BTD.dtype), w.o_DNH)
+    ask = ask if cut is None else cut.listen(out, ask, whole)
+    mixed = joined(w, out.astype(flow.x_BTD.dtype), heads)
     if w.post_attn_norm_D is not None:
         mixed = rms_norm(mixed, w.post_attn_norm_D, cfg.eps)
     ask = ask if cut is None else cut.added(rms_norm(ask.x_BTD, w.attn_norm_D, cfg.eps), mixed, ask, here)

@@ -125,20 +125,25 @@ def mlp(w: Any, cfg: Any, x_BSD: jax.Array) -> jax.Array:
     return x_BSD + linear(y, w.down_DF) + w.down_bias_D.astype(y.dtype)
 
 
+def attention(w: Any, cfg: Any, x_BSD: jax.Array, size_BS: jax.Array | None) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+    """(x_BSD plus the attention of its norm, p_BNTS as `attend` gives it, its q, k and v by name)."""
+    y = layer_norm(x_BSD, w.attn_norm_D, w.attn_norm_bias_D, cfg.eps)
+    made = {name: heads_of(w, y, name) for name in "qkv"}
+    out, p_BNTS = attend(made["q"], made["k"], made["v"], size_BS)
+    return x_BSD + linear(out, w.o_DNH) + w.o_bias_D.astype(y.dtype), p_BNTS, made
+
+
 @partial(jax.jit, static_argnames=("cfg", "wanted", "reduce", "r", "layer"))
 def one_block(
     w: ViTBlock, x_BSD, size_BS, source_BS, *, cfg: ViTConfig, wanted: frozenset[str], reduce: Reducer | None, r: int, layer: int
 ):
     """(x_BSD, size_BS, source_BS, what is wanted of this layer by name). layer: 0 where none is merged, so that such layers share code."""
-    y = layer_norm(x_BSD, w.attn_norm_D, w.attn_norm_bias_D, cfg.eps)
-    q, k, v = (heads_of(w, y, name) for name in "qkv")
-    out, p_BNTS = attend(q, k, v, None if reduce is None else size_BS)
-    x = x_BSD + linear(out, w.o_DNH) + w.o_bias_D.astype(y.dtype)
+    x, p_BNTS, made = attention(w, cfg, x_BSD, None if reduce is None else size_BS)
     if reduce is not None and r:
-        x, size_BS, step = reduce.reduce(x, k.mean(axis=2), size_BS, r, int(cfg.cls), layer)
+        x, size_BS, step = reduce.reduce(x, made["k"].mean(axis=2), size_BS, r, int(cfg.cls), layer)
         source_BS = trace(source_BS, step)
     x = mlp(w, cfg, x)
-    found = {"x": x, "cls": p_BNTS[:, :, 0], "received": p_BNTS.mean(axis=(1, 2)), "k": k, "q": q}
+    found = {"x": x, "cls": p_BNTS[:, :, 0], "received": p_BNTS.mean(axis=(1, 2)), **made}
     return x, size_BS, source_BS, {name: found[name] for name in wanted}
 
 

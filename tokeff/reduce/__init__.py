@@ -15,6 +15,7 @@ from tokeff.reduce.methods import (
     resting,
     sparsevlm,
     spatten,
+    spatten_heads,
     transprune,
     truncated,
 )
@@ -80,6 +81,7 @@ __all__ = [
     "resting",
     "sparsevlm",
     "spatten",
+    "spatten_heads",
     "transprune",
     "truncated",
 ]

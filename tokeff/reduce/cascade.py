@@ -195,7 +195,7 @@ class Cascade(Pass):
 class LastRowCascade(Cascade):
     """At each stage the rows go on that the prompt's last row looks at most: its attention probabilities, the mean over heads.
 
-    LazyLLM's rule for the prompt (Fu et al. 2024, sec. 3.2 and eq. 1), positions kept. Not its revival of pruned tokens while decoding.
+    LazyLLM's rule for the prompt (Fu et al. 2024, sec. 3.2 and eq. 1), positions kept. `tokeff.decode.revive` has its revival.
     """
 
     def score(self, q_BTNH, k_BTKH, flow, here):
@@ -218,7 +218,7 @@ class MassCascade(Cascade):
     def note(self, q_BTNH, k_BTKH, flow, here):
         if here.layer > self.layers(here.cfg)[-1]:
             return flow
-        mass = looked_at(q_BTNH, k_BTKH, flow, here)
+        mass = looked_at(q_BTNH, k_BTKH, flow, here) * here.cfg.N  # a sum over heads, of which layers may have fewer
         return flow.replace(score_BT=mass if flow.score_BT is None else flow.score_BT + mass)
 
     def score(self, q_BTNH, k_BTKH, flow, here):

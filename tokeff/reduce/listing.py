@@ -1,19 +1,27 @@
-"""Every method that reduces rows of pictures and videos before the decoder, in one tuple: shared tests and the documentation read it.
+"""Every method that reduces rows of pictures, videos and sound, in two tuples: shared tests and the documentation read them.
 
     for m in picture_methods():
         print(m.name, m.acts, m.make())
+
+`picture_methods()` are those before the decoder. `inside_methods()` act inside a network: on rows of pictures in a decoder, or on any rows
+of an encoder. `tokeff methods` shows both, beside those of text (tokeff/listing.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from tokeff import published
 from tokeff.errors import UserError, nearest
+from tokeff.listed import named_settings
 from tokeff.models.vit_config import ViTConfig
 from tokeff.papers import Paper
-from tokeff.reduce import video, visual_papers
+from tokeff.reduce import inside_papers, video, visual_papers
+from tokeff.reduce import methods as passes
+from tokeff.reduce.baselines import Pooled, RandomDrop
+from tokeff.reduce.merge import ToMe
 from tokeff.reduce.visual import Cropped, DivPrune, FasterVLM, Filmed, HiPrune, Picked, Told, Walked
 from tokeff.reduce.visual_baselines import PooledPatches, RandomPatches, SmallerImage
 from tokeff.reduce.visual_crops import GlobalCom2, HiRED, TokenCorr
@@ -23,22 +31,57 @@ from tokeff.reduce.visual_merge import AIM, PruMerge, VisionZip
 from tokeff.reduce.visual_tower import FlowCut, MustDrop
 
 GRID = "grid"  # in `identity`: as many cells a side as the tower has patches
+CONFIG = "configs/leaderboard/reduce.py"
 
 
 @dataclass(frozen=True)
-class PictureMethod:
-    """One method. make(**settings) gives what `generate(reduce=)` takes.
-
-    family: what it goes by: attention, likeness, merging, text, or a baseline. identity: settings at which all rows are left as they are;
-    None where it always changes some. reading: its rule or its constants could not be recovered in full, and this is our reading.
+class RowMethod:
+    """One method. by: what it goes by: attention, likeness, merging, text, or nothing (a baseline). identity: settings at which all rows
+    are left as they are; None where it always changes some. reading: its rule or its constants could not be recovered in full, and this
+    is our reading. numbers: the published settings where they are not the defaults, such as numbers of rows. config: as `Listed`.
     """
 
     name: str
-    family: str
-    make: Callable[..., Picked]
+    by: str
+    make: Callable[..., Any]
     paper: Paper | None
     identity: dict[str, Any] | None
     reading: bool = False
+    numbers: dict[str, Any] = field(default_factory=dict)
+    config: str | None = CONFIG
+    lossless: bool = False
+    trained: bool = False
+
+    @property
+    def acts(self) -> str:
+        """Where."""
+        raise NotImplementedError
+
+    @property
+    def part(self) -> str:
+        """The argument that takes the object: `reduce` of what reads pictures or sound, or `cut` of a `Setup`."""
+        return "cut" if self.acts == "decoder" else "reduce"
+
+    @property
+    def family(self) -> str:
+        """Of whose rows: 'pictures', 'video', 'encoders' (of pictures and sound); or 'baseline'."""
+        return "baseline" if self.by == "baseline" else {"frames": "video", "encoder": "encoders"}.get(self.acts, "pictures")
+
+    @property
+    def published(self) -> dict[str, Any] | None:
+        """The paper's own numbers, as `tokeff.listing.Method` has them."""
+        return None if self.paper is None else self.numbers
+
+    def settings(self, name: str = "scaled") -> dict[str, Any]:
+        """As `named_settings`."""
+        return named_settings(self, name)
+
+
+@dataclass(frozen=True)
+class PictureMethod(RowMethod):
+    """One method before the decoder. make(**settings) gives what `tokeff.models.llava.generate(reduce=)` takes."""
+
+    make: Callable[..., Picked]
 
     @property
     def acts(self) -> str:
@@ -54,6 +97,18 @@ class PictureMethod:
         return self.make(**settings, **{k: cfg.grid if v == GRID else v for k, v in self.identity.items()})
 
 
+@dataclass(frozen=True)
+class InsideMethod(RowMethod):
+    """One method inside a network. In a 'decoder' make(**settings) gives a pass over rows of pictures (`Setup(cut=)`); in an 'encoder' what
+    `vit.encode`, `whisper.encode` and `transcribe` take as `reduce`, with as many rows a layer as their `drop` says."""
+
+    at: str = "decoder"
+
+    @property
+    def acts(self) -> str:
+        return self.at
+
+
 _ALL = {"budget": 1.0}
 METHODS = (
     PictureMethod("FasterVLM", "attention", FasterVLM, visual_papers.FASTERVLM, _ALL),
@@ -67,29 +122,54 @@ METHODS = (
     PictureMethod("VisPruner", "likeness", VisPruner, visual_papers.VISPRUNER, _ALL),
     PictureMethod("CDPruner", "text", CDPruner, visual_papers.CDPRUNER, _ALL, reading=True),
     PictureMethod("CATP", "text", CATP, visual_papers.CATP, _ALL, reading=True),
-    PictureMethod("VisionZip", "merging", VisionZip, visual_papers.VISIONZIP, None),
+    PictureMethod("VisionZip", "merging", VisionZip, visual_papers.VISIONZIP, None, numbers={"budget": 54, "contextual": 10}),
     PictureMethod("PruMerge", "merging", PruMerge, visual_papers.PRUMERGE, None),
     PictureMethod("AIM", "merging", AIM, visual_papers.AIM, {"rounds": 0}),
     PictureMethod("VFlowOpt", "merging", VFlowOpt, visual_papers.VFLOWOPT, _ALL),
     PictureMethod("MustDrop", "merging", MustDrop, visual_papers.MUSTDROP, {"like": 2.0}),
-    PictureMethod("HoliTom", "merging", video.HoliTom, visual_papers.HOLITOM, {"budget": 1.0, "tau": 1.0}),
-    PictureMethod("FastVID", "merging", video.FastVID, visual_papers.FASTVID, {"budget": 1.0, "context": 0.0}, reading=True),
-    PictureMethod("DyCoke", "likeness", video.DyCoke, visual_papers.DYCOKE, {"drop": 0.0}),
-    PictureMethod("StillRuns", "merging", video.StillRuns, None, {"tau": 1.0}),
-    PictureMethod("OnDeviceSora", "merging", video.FramePairs, visual_papers.SORA, {"frames": 1}),
+    PictureMethod("HoliTom", "merging", video.HoliTom, visual_papers.HOLITOM, {"budget": 1.0, "tau": 1.0}, config=None),
+    PictureMethod("FastVID", "merging", video.FastVID, visual_papers.FASTVID, {"budget": 1.0, "context": 0.0}, reading=True, config=None),
+    PictureMethod("DyCoke", "likeness", video.DyCoke, visual_papers.DYCOKE, {"drop": 0.0}, config=None),
+    PictureMethod("StillRuns", "merging", video.StillRuns, None, {"tau": 1.0}, config=None),
+    PictureMethod("OnDeviceSora", "merging", video.FramePairs, visual_papers.SORA, {"frames": 1}, config=None),
     PictureMethod("RandomPatches", "baseline", RandomPatches, None, _ALL),
     PictureMethod("PooledPatches", "baseline", PooledPatches, None, {"cells": GRID}),
     PictureMethod("SmallerImage", "baseline", SmallerImage, None, {"cells": GRID}),
 )
 
+_EVERY = {"keep": (1.0, 1.0, 1.0)}
+INSIDE = (
+    InsideMethod("FastV", "attention", passes.fastv, inside_papers.FASTV, _ALL, numbers=published.FASTV),
+    InsideMethod(
+        "PyramidDrop", "attention", passes.pyramiddrop, inside_papers.PYRAMIDDROP, {"share": 1.0}, numbers=published.PYRAMIDDROP
+    ),
+    InsideMethod("SparseVLM", "text", passes.sparsevlm, inside_papers.SPARSEVLM, _EVERY, numbers=published.SPARSEVLM),
+    InsideMethod("DART", "likeness", passes.dart, inside_papers.DART, _ALL, numbers=published.DART),
+    InsideMethod("TransPrune", "text", passes.transprune, inside_papers.TRANSPRUNE, _EVERY, numbers=published.TRANSPRUNE),
+    InsideMethod("AIM (decoder)", "attention", passes.aim_decoder, visual_papers.AIM, None, numbers=published.AIM, config=None),
+    InsideMethod(
+        "MustDrop (decoder)", "text", passes.mustdrop_decoder, visual_papers.MUSTDROP, {"total": 0.0, "single": 0.0},
+        numbers=published.MUSTDROP,
+    ),
+    InsideMethod("IMA-skip", "skipping", passes.resting, inside_papers.IMA, None, config=None),
+    InsideMethod("ToMe", "merging", ToMe, inside_papers.TOME, None, at="encoder"),
+    InsideMethod("Pooled", "baseline", Pooled, None, None, at="encoder"),
+    InsideMethod("RandomDrop", "baseline", RandomDrop, None, None, at="encoder"),
+)  # fmt: skip
+
 
 def picture_methods() -> tuple[PictureMethod, ...]:
-    """All methods, in the order reports show them."""
+    """All methods before the decoder, in the order reports show them."""
     return METHODS
 
 
+def inside_methods() -> tuple[InsideMethod, ...]:
+    """All methods inside a decoder over rows of pictures, or inside an encoder."""
+    return INSIDE
+
+
 def find(name: str) -> PictureMethod:
-    """The method of that name; UserError with the nearest one where there is none."""
+    """The method before the decoder of that name; UserError with the nearest one where there is none."""
     for method in METHODS:
         if method.name == name:
             return method

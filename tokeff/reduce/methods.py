@@ -5,6 +5,7 @@ from __future__ import annotations
 from tokeff.errors import UserError
 from tokeff.kv.budget import Budget
 from tokeff.reduce.cascade import Depth, LastRowCascade, MassCascade
+from tokeff.reduce.heads import HeadCascade
 from tokeff.reduce.maps import DualFilter, PageRanked
 from tokeff.reduce.pictures import DART, FastV, PyramidDrop, Resting, TransPrune
 from tokeff.reduce.prune import LastRows, LastRowTopK
@@ -27,14 +28,26 @@ def truncated(budget: Budget = 0.125) -> LastRows:
 
 
 def lazyllm(budget: Budget = 0.125, at: tuple[Depth, ...] = (0.3, 0.6, 0.9)) -> LastRowCascade:
-    """LazyLLM (Fu et al. 2024), of the prompt: prune by the last row's attention, again and again on the way up. Pruned tokens do not come
-    back while decoding, as they do in the paper."""
+    """LazyLLM (Fu et al. 2024), of the prompt: prune by the last row's attention, again and again on the way up. With
+    `tokeff.decode.revived` pruned tokens come back while decoding, as in the paper."""
     return LastRowCascade(at, shrinking(budget, at))
 
 
 def spatten(budget: Budget = 0.125, at: tuple[Depth, ...] = (0.2, 0.4, 0.6, 0.8)) -> MassCascade:
     """SpAtten's cascade token pruning (Wang et al. 2021): prune by the attention that rows drew in all layers so far."""
     return MassCascade(at, shrinking(budget, at))
+
+
+def spatten_heads(
+    budget: Budget = 0.125, at: tuple[Depth, ...] = (0.2, 0.4, 0.6, 0.8), heads_left: Budget = 0.5,
+    heads_at: tuple[Depth, ...] = (0.625, 0.875),
+) -> HeadCascade:  # fmt: skip
+    """SpAtten's cascades of tokens and of heads (Wang et al. 2021): heads go too, with their keys and values, by what they said so far.
+
+    heads_left: how many kv heads are left in the end, the same share of what is left at each stage. They go at the depths of the released
+    trace of GPT-2. With `kv=spatten_cache()` it is the paper whole.
+    """
+    return HeadCascade(at, shrinking(budget, at), heads_at, shrinking(heads_left, heads_at))
 
 
 def fastv(budget: Budget = 0.5, layer: int = 2) -> FastV:

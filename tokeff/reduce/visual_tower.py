@@ -14,8 +14,7 @@ import jax.numpy as jnp
 
 from tokeff.errors import UserError
 from tokeff.kv.budget import Budget, check_budget, most_rows
-from tokeff.models.transformer import linear
-from tokeff.models.vit import attend, embed_patches, heads_of, layer_norm, mlp
+from tokeff.models.vit import attention, embed_patches, mlp
 from tokeff.models.vit_config import ViTBlock, ViTConfig, ViTParams
 from tokeff.reduce.visual import Reduced, Walked, cosines, take, upto
 
@@ -23,10 +22,8 @@ from tokeff.reduce.visual import Reduced, Walked, cosines, take, upto
 @partial(jax.jit, static_argnames="cfg")
 def block(w: ViTBlock, x_BSD: jax.Array, there_BS: jax.Array, *, cfg: ViTConfig) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(x_BSD, cls_BNS, v_BSNH) of one layer, in which rows that are not `there` are read by none. cls: the first row's attention."""
-    y = layer_norm(x_BSD, w.attn_norm_D, w.attn_norm_bias_D, cfg.eps)
-    q, k, v = (heads_of(w, y, name) for name in "qkv")
-    out, p_BNTS = attend(q, k, v, there_BS.astype(jnp.float32))  # a row that stands for none draws no attention
-    return mlp(w, cfg, x_BSD + linear(out, w.o_DNH) + w.o_bias_D.astype(y.dtype)), p_BNTS[:, :, 0], v
+    x, p_BNTS, made = attention(w, cfg, x_BSD, there_BS.astype(jnp.float32))  # a row that stands for none draws no attention
+    return mlp(w, cfg, x), p_BNTS[:, :, 0], made["v"]
 
 
 def everything(cfg: ViTConfig, B: int) -> jax.Array:

@@ -57,6 +57,7 @@ class Pattern:
     dense: int = 0
     whole_prompt: ClassVar[bool] = False  # ranks by the prompt's last rows, so it cannot come in chunks
     own_pass: ClassVar[bool] = False  # its rows come into being in another way than one pass over all of them: `fill` makes the prompt
+    by_head: ClassVar[bool] = False  # names the heads of a layer, all of which must be there
 
     def check(self, cfg: Any, length: int) -> None:
         """Raise UserError for settings that cannot work."""

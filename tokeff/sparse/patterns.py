@@ -203,6 +203,8 @@ class PerHead(Pattern):
     patterns: tuple[Pattern, ...] = ()
     heads: tuple[tuple[int, ...], ...] = ()
 
+    by_head: ClassVar[bool] = True
+
     @property
     def whole_prompt(self) -> bool:  # type: ignore[override]
         return any(p.whole_prompt for p in self.patterns)
