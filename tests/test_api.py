@@ -140,6 +140,16 @@ def test_one_model_call_serves_many_drafted_answers(tmp_path):
     assert tokeff.generate(m, question, cache=again, max_new=8).tokens == tokeff.generate(m, question, cache=plain, max_new=8).tokens
 
 
+def test_a_cache_that_cannot_be_saved_says_so_and_answers(tmp_path):
+    """LazyLLM's rows come back for the questions too."""
+    m, parts = model(), tokeff.decode.revived(tokeff.reduce.lazyllm(0.5, at=(1,)))
+    context = tokeff.compress(m, text(64), room=24, **parts)
+    assert len(tokeff.generate(m, [text(5, 2), text(3, 3)], cache=context, max_new=4).tokens[1]) == 4
+    with pytest.raises(UserError, match="LazyRows cannot be saved; keep the context in memory"):
+        context.save(tmp_path / "c")
+    assert not (tmp_path / "c").exists()
+
+
 # -- bad input
 
 

@@ -18,7 +18,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from tokeff.decode.draft import Drafter, Plain
-from tokeff.decode.revive import revived
 from tokeff.errors import UserError
 from tokeff.generation import Setup, bucket, encode, read
 from tokeff.kv import compact as coding
@@ -49,7 +48,7 @@ def choices() -> dict[str, type]:
 
     published = (method.build(**method.settings("paper")) for method in methods() if method.published is not None and method.bare)
     hosted = (method.make(host=True) for method in methods() if "host" in inspect.signature(method.make).parameters)
-    parts = (Setup(), Setup(**revived()), Compact(), PerHead(1, 0), SomeHeads(Full()))
+    parts = (Setup(), Compact(), PerHead(1, 0), SomeHeads(Full()))
     for part in (*parts, *(method.make() for method in methods() if method.bare), *published, *hosted):
         walk(part)
     return found
@@ -86,6 +85,8 @@ class Compressed:
         """
         folder = Path(folder)
         coding.check(compact)
+        if not self.setup.kv.lasts:
+            raise UserError(f"caches of {type(self.setup.kv).__name__} cannot be saved; keep the context in memory, or change kv")
         if folder.exists():
             raise UserError(f"{folder} exists; save to a new folder")
         about = {

@@ -58,6 +58,7 @@ class Policy:
     asks: ClassVar[tuple[Evidence, ...]] = ()
     chunk: ClassVar[int | None] = None  # the most certain rows one call may bring; None = any number
     raw_keys: ClassVar[bool] = False  # takes the rotation off a prompt's keys, by their orders
+    lasts: ClassVar[bool] = True  # its caches can be saved: what shapes they have follows from the settings and the numbers of rows
     span: ClassVar[str] = "layer"  # what a budget is the mean over: the heads of a 'layer', or of the whole 'model'
 
     def needs(self) -> tuple[Evidence, ...]:

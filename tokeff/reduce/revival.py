@@ -104,6 +104,7 @@ class LazyRows(Policy):
 
     cut: LastRowCascade
     chunk: ClassVar[int | None] = 1  # every row chooses for itself
+    lasts: ClassVar[bool] = False  # vectors wait where the prompt lost rows
 
     def needs(self) -> tuple[Evidence, ...]:
         return (Dropped(self.cut),)
