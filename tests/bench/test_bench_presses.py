@@ -41,7 +41,7 @@ def test_rows_take_turns_with_a_stand_in():
     assert asked.count({"do": "decode", "press": press, "context": 59, "tokens": 4}) == 3 and len(asked) == 12
     for row in found:
         assert row["kvpress_seconds"] == 8.0 and row["kvpress_tokens_per_s"] == 0.5
-        assert row["prefill_of_kvpress"] == pytest.approx(8 / row["seconds"], rel=0.5) and row["decode_of_kvpress"] > 1
+        assert row["prefill_of_kvpress"] > 1 and row["decode_of_kvpress"] > 1
 
 
 @pytest.mark.core

@@ -133,6 +133,9 @@ def commit(rows: Rows, accepted: Accepted) -> Rows:
     draft = rows.draft
     assert draft is not None, "this cache was packed without room for drafts"
     order_BW, dtype = accepted_orders(draft, accepted), rows.k_BKCH.dtype
+    if not rows.v_BKCH.shape[3]:  # rows that are key and value in one
+        path_BKW = jnp.broadcast_to(accepted.path_BW[:, None], draft.k_BKWH.shape[:3])
+        return write(rows, take_rows(draft.k_BKWH, path_BKW), take_rows(draft.v_BKWH, path_BKW), order_BW)
     slot_BKW = arriving(rows, order_BW)
     to_BKW = jnp.where((order_BW != EMPTY)[:, None], slot_BKW, EMPTY)
     path_BKW = jnp.broadcast_to(accepted.path_BW[:, None], to_BKW.shape)
