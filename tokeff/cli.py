@@ -20,6 +20,7 @@ BENCHES = {
     "decode": "decode tokens/s against the bandwidth floor",
     "prefill": "prefill seconds",
     "presses": "prefill, compression and decoding next to kvpress' same methods",
+    "end-to-end": "prefill and decoding with the kernels and without",
     "verify-cost": "what a pass over several draft tokens costs",
 }
 """Benchmarks by name; `tokeff bench verify-cost` calls main(args) of tokeff.bench.verify_cost."""
