@@ -10,6 +10,8 @@ Expected:  Full answers 3 of 3 needles; KL to the full cache: Random 0.73, SnapK
 from tokeff.evals.comparison import Comparison, line
 
 BUDGET = 0.125
+TIMED = ("Full", "SnapKV", "ShadowKV", "TokenRecycling")
+"""Measured at two lengths: one method that evicts, one that selects, one that drafts, beside the full cache."""
 
 
 def experiment() -> Comparison:
@@ -29,4 +31,4 @@ def experiment() -> Comparison:
         line("PromptLookup"),
         line("TokenRecycling"),
     )
-    return Comparison(name="quickstart", rows=rows, contexts=(2048,), speeds=(512,))
+    return Comparison(name="quickstart", rows=rows, contexts=(2048,), speeds=(512,), timed=TIMED)

@@ -236,6 +236,14 @@ def test_every_experiment_settles_its_rows(folder):
         assert [row.calibrated for row in experiment.rows] == [None, True]
 
 
+def test_a_comparison_takes_further_lengths_only_of_the_rows_it_names():
+    rows = (line("Full"), line("Random"))
+    assert Comparison("c", rows, speeds=(512,)).keys()[2:] == ["Full/512/speed", "Random/512/speed"]
+    assert Comparison("c", rows, speeds=(512,), timed=("Random",)).keys()[2:] == ["Random/512/speed"]
+    with pytest.raises(UserError, match="timed='SnapKV' is no row of this comparison; name some of Full, Random"):
+        Comparison("c", rows, speeds=(512,), timed=("SnapKV",)).check()
+
+
 def test_a_leaderboard_measures_again_what_was_calibrated_anew(folder):
     board = Leaderboard("b", (line("TidalDecode"),), model="tiny").settled()
     measured = {"settings": repr(board.rows[0])}

@@ -7,7 +7,7 @@ import pytest
 from matplotlib import image
 
 from tokeff.report import plots
-from tokeff.report.figures import Panels, Payoff
+from tokeff.report.figures import Lines, Panels, Payoff
 from tokeff.report.payoff import curve_of, guides_of
 
 pytestmark = pytest.mark.core
@@ -57,3 +57,10 @@ def test_the_curve_is_what_was_measured_for_it_and_goes_on_beside_the_drafters()
     assert curve_of(alone) == [(1, 1.0), (8, 1.6), (32, 3.2), (81, 7.0)]
     assert curve_of(alone[3:]) == [(1, 1.0), (8, 1.7), (81, 7.0)]
     assert guides_of(alone) == {"H200": [(1, 1.0), (8, 1.0), (81, 1.0)]}
+
+
+def test_lines_are_of_what_was_measured_at_several_places():
+    rows = [{"method": m, "family": "kv", "context": c, "speed": 1.0} for m, c in (("Full", 64), ("Full", 128), ("H2O", 64))]
+    assert plots.draw(rows[::2], Lines("context", "speed")) is None
+    whole, named = (plots.draw(some, Lines("context", "speed")) for some in (rows, rows[:2]))
+    assert whole is not None and named is not None and whole.png == named.png

@@ -132,6 +132,8 @@ class Comparison(Experiment):
     """Context lengths in tokens at which everything is measured."""
     speeds: tuple[int, ...] = ()
     """Further context lengths at which only speed and bytes are measured."""
+    timed: tuple[str, ...] = ()
+    """The methods measured at `speeds`; all rows unless some are named. Each costs one more compiled decode loop."""
     new: int = 64
     """Greedy tokens generated and timed."""
     seed: int = 0
@@ -146,10 +148,14 @@ class Comparison(Experiment):
             check_bounded(row.bounded, row.kv, row.cut, row.prefill)
         if BASE not in {row.method for row in self.rows}:
             raise UserError(f"a comparison needs the row {BASE!r} to compare with; add line({BASE!r})")
+        rows = [row.method for row in self.rows]
+        if unknown := next((name for name in self.timed if name not in rows), None):
+            raise UserError(f"timed={unknown!r} is no row of this comparison; name some of {', '.join(rows)}")
 
     def keys(self) -> list[str]:
         whole = [f"{row.method}/{n}" for n in self.contexts for row in self.rows]
-        return whole + [f"{row.method}/{n}/speed" for n in self.speeds for row in self.rows]
+        timed = self.timed or [row.method for row in self.rows]
+        return whole + [f"{name}/{n}/speed" for n in self.speeds for name in timed]
 
     def prepare(self) -> Bench:
         compile_cache()
@@ -209,7 +215,7 @@ def greedy_match(bench: Bench, length: int, row: Line, tokens: list[int]) -> flo
 
 def timed_prefill(reader: Reader, setup: Setup) -> tuple[Prompt, float]:
     """The context's prefill and its seconds, compiled code warm. Policies that want the same evidence share both."""
-    prompt, key = reader.context(setup), reader.key(setup)
+    prompt, key = jax.block_until_ready(reader.context(setup)), reader.key(setup)  # else the clock starts while it is still being made
     if key not in reader.seconds:
         start = time.perf_counter()
         jax.block_until_ready(reader.whole([reader.text.context], setup))

@@ -57,7 +57,7 @@ def read_bytes(setup: Setup, layers: tuple[Any, ...], cfg: Config) -> int:
 def cost(m: Model, prompt: Prompt, setup: Setup, new: int, runs: int = 1) -> tuple[Ratios, Timing, tuple[Any, ...]]:
     """Pack the prompt, measure its bytes, and time `new` greedy tokens. Returns the packed layers too."""
     cfg, steps = m.cfg, jnp.int32(new)
-    layers = pack(setup.kv, prompt.layers, setup.room(new), cfg)
+    layers = jax.block_until_ready(pack(setup.kv, prompt.layers, setup.room(new), cfg))
     state = setup.decode.prepare(m, prompt.tokens_BT, prompt.length_B, new)
     args = dict(policy=setup.kv.onward(), drafter=setup.decode, how=setup.sampling, eos=())
 

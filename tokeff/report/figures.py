@@ -17,7 +17,7 @@ class Scatter:
 
 @dataclasses.dataclass(frozen=True)
 class Lines:
-    """One line a method: `y` against `x`. Left out where every row has the same x."""
+    """One line a method that was measured at several `x`: `y` against them. Left out where none was."""
 
     x: str
     y: str

@@ -203,9 +203,11 @@ def _legend(panel: Axes, rows: list[dict[str, Any]]) -> None:
 
 
 def _lines(rows: list[dict[str, Any]], figure: Lines) -> Image | None:
-    """Draw a line a method, named at its right end; with a single x there is nothing to draw."""
-    ticks = sorted({number(row[figure.x]) or 0.0 for row in rows})
-    if len(ticks) < 2:
+    """Draw a line a method, named at its right end, of the methods measured at several x; where none is there is nothing to draw."""
+    at = {method: {number(row[figure.x]) or 0.0 for row in rows if row["method"] == method} for method in {r["method"] for r in rows}}
+    rows = [row for row in rows if len(at[row["method"]]) > 1]
+    ticks = sorted({x for row in rows for x in at[row["method"]]})
+    if not rows:
         return None
     drawing = Drawing(figsize=(7.6, 4.9), dpi=144, layout="constrained")
     panel = drawing.subplots()
