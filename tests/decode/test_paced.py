@@ -78,19 +78,20 @@ class Numbers:
                 return ta if rows < a else ta + (rows - a) * (tb - ta) / (b - a)
 
     def heard(self, j, paths, live):
+        tried, last = self.wait == 0, len(self.d.widths) - 1
         for o, w in enumerate(self.d.widths[: j + 1]):
             found = np.mean([sum(node < w for node in path) for path, on in zip(paths, live) if on])
-            self.mean[o] += self.d.rate * (found - self.mean[o])
+            self.mean[o] = found if tried and o == j else self.mean[o] + self.d.rate * (found - self.mean[o])
         self.mean = [max(m, self.mean[0]) for m in self.mean]
         goodput = [m / self.time(sum(live) * w) for m, w in zip(self.mean, self.d.widths)]
         best = int(np.argmax(goodput))
-        if best:
-            self.wait = self.gap = self.d.tries
-        elif j == 0:
-            self.wait -= 1
-        else:
+        if best < j:
             self.wait = self.gap = min(2 * self.gap, self.d.rarest)
-        return 1 if best == 0 and self.wait <= 0 else best
+        elif tried or best == last:
+            self.wait = self.gap = self.d.tries
+        else:
+            self.wait -= 1
+        return best + 1 if self.wait == 0 else best
 
 
 @pytest.mark.parametrize("dear", [1.2, 4.0])
@@ -114,6 +115,18 @@ def test_the_pace_is_goodput(dear):
         j = wanted
         seen.add(j)
     assert len(seen) > 1
+
+
+def test_a_text_that_turns_easy_gets_its_width_back():
+    """Wrong drafts at first, then all that a pass carries are right: every width above the one in use must be tried to be found."""
+    drafter = paced(prompt_lookup(length=15), (1, 4, 8, 16), ((1, 1.0), (16, 2.0)), tries=2, rarest=8)
+    heard, pace, j, used = jax.jit(drafter.paced, static_argnums=1), drafter.init(1, tiny.CFG.V), 3, []
+    for step in range(80):
+        width = drafter.widths[j]
+        pace = heard(pace, j, jnp.arange(width)[None], jnp.full(1, 1 if step < 30 else width), jnp.ones(1, bool))
+        j = int(pace.choice)
+        used.append(drafter.widths[j])
+    assert set(used[20:30]) <= {1, 4} and used[20:30].count(1) >= 8 and set(used[-20:]) == {16}, used
 
 
 def test_a_cut_tree_is_a_tree():

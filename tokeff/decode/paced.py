@@ -26,7 +26,7 @@ CURVE = ((1, 1.0), (2, 1.2), (4, 1.4), (8, 1.6), (16, 2.1), (32, 3.1), (64, 4.4)
 
 class Pace(struct.PyTreeNode):
     """inner: the drafter's own state. mean_O: tokens that a pass of each width committed lately. choice: the width of the next pass.
-    wait: passes without a draft until one is tried again; gap: how many there are between two tries."""
+    wait: passes until a wider draft is tried, 0 where the next pass is that try; gap: how many there are between two tries."""
 
     inner: Any
     mean_O: jax.Array
@@ -70,7 +70,8 @@ def first_nodes(draft: Draft, n: int) -> Draft:
 class Paced(Drafter):
     """inner: whose drafts. widths: how many of their nodes a pass may carry, root included, ascending from 1 (no draft). cost: (rows,
     T(rows) / T(1)) of the machine, ascending; between and beyond them straight lines. rate: weight of the newest pass in the running means.
-    tries: while nothing is drafted, a draft is tried after so many passes, later and later (twice as many each time, up to `rarest`).
+    tries: what wider drafts would commit is not seen, so the next wider one is tried after so many passes and judged by that try alone;
+    where it does not pay, again after twice as many, up to `rarest`.
 
     The text is that of `inner`, which is right to the same degree.
     """
@@ -146,13 +147,15 @@ class Paced(Drafter):
         widths = jnp.asarray(self.widths)
         inside = taken[:, :, None] & (path_BW[:, :, None] < widths)  # nodes of the path that a pass of each width would have carried
         found_O = (inside.sum(axis=1) * live_B[:, None]).sum(axis=0) / live
-        known = jnp.arange(len(self.widths)) <= j
-        mean = jnp.where(known, pace.mean_O + self.rate * (found_O - pace.mean_O), pace.mean_O)
+        option, widest, tried = jnp.arange(len(self.widths)), len(self.widths) - 1, pace.wait <= 0
+        rate = jnp.where(tried & (option == j), 1.0, self.rate)  # the mean of a width not used since is of another text
+        mean = jnp.where(option <= j, pace.mean_O + rate * (found_O - pace.mean_O), pace.mean_O)
         mean = jnp.maximum(mean, mean[0]).astype(pace.mean_O.dtype)
         best = jnp.argmax(mean / self.time(live * widths)).astype(jnp.int32)
-        wait = jnp.where(best > 0, self.tries, pace.wait - 1 if j == 0 else jnp.minimum(2 * pace.gap, self.rarest))
-        gap = jnp.where(best > 0, self.tries, pace.gap if j == 0 else jnp.minimum(2 * pace.gap, self.rarest))
-        choice = jnp.where((best == 0) & (wait <= 0), 1, best)
+        failed, anew = best < j, tried | (best == widest)
+        gap = jnp.where(failed, jnp.minimum(2 * pace.gap, self.rarest), jnp.where(anew, self.tries, pace.gap))
+        wait = jnp.where(failed | anew, gap, pace.wait - 1)
+        choice = jnp.where(wait <= 0, jnp.minimum(best + 1, widest), best)
         return pace.replace(mean_O=mean, choice=choice, wait=wait, gap=gap)
 
     def drive(self, params, cfg, s: Decoding, steps: int, *, policy, how, eos) -> Decoding:
