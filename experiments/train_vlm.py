@@ -33,17 +33,19 @@ from tokeff.data.canvases import SIDE, TASKS, WORDS, Look, make
 from tokeff.data.digits import Material, material
 from tokeff.errors import UserError
 from tokeff.evals.stats import paired_difference
-from tokeff.evals.vision import answer_logits, asked, picture_vectors, score_llava
+from tokeff.evals.vision import answer_logits, asked, picture_vectors, score_llava, shape_of
 from tokeff.models.config import Config, Params, Precision
 from tokeff.models.fresh import fresh_decoder, fresh_projector
 from tokeff.models.llava import Llava, LlavaConfig
 from tokeff.models.llava_hf import load_llava
+from tokeff.models.llava_rows import fit
 from tokeff.models.load import Model
 from tokeff.models.tokenizer import Tokenizer
 from tokeff.models.vision_save import save_llava
 from tokeff.models.vit_config import ViTParams
 from tokeff.models.vit_hf import ImageModel, load_vit
 from tokeff.recipes import Recipe, learnt, main
+from tokeff.reduce.video import FastVID, FramePairs, HoliTom
 from tokeff.reduce.visual import DivPrune, FasterVLM, HiPrune, Picked
 from tokeff.reduce.visual_baselines import PooledPatches, RandomPatches
 from tokeff.reduce.visual_merge import PruMerge, VisionZip
@@ -51,7 +53,8 @@ from tokeff.reduce.visual_merge import PruMerge, VisionZip
 TOWER = Path(__file__).parents[1] / "checkpoints" / "canvas-vit"
 NAME = "canvas-llava"
 SPECIAL = ("<pad>", "<eos>", "<image>", "<video>")
-SINGLE, LONG = ("name", "where", "count", "row"), ("scan", "order", "motion")
+SINGLE, CLIPS = ("name", "where", "count", "row"), ("order", "motion")
+LONG = ("scan", *CLIPS)
 MIX = ({"name": 3, "where": 7, "count": 7, "row": 7}, {"pair": 4}, {"order": 1, "motion": 1}, {"scan": 1})
 """Examples of each task in a batch; those that go through the network together."""
 TEST_SEED, TEST, FEW, LEAST, COST = 54321, 300, 100, 0.45, 0.10
@@ -130,6 +133,7 @@ def batch_of(v: Llava, m: Material, seed: int, i: int) -> tuple[list[dict[str, n
 def train(how: Training) -> tuple[Llava, list[dict[str, float]]]:
     m, digits = load_vit(TOWER), material("train")
     v = fresh(m, how.seed)
+    check(v, digits)
     loss = Answered(v.cfg, v.text.cfg, batch_of(v, digits, how.seed, 0)[1])
     told = v.cfg, v.text.cfg, MIX, Look(), fingerprint(m)
     weights, seen = learnt(NAME, how, told, weights_of(v), m.params, lambda i: batch_of(v, digits, how.seed, i)[0], loss)
@@ -161,7 +165,31 @@ WAYS: dict[str, Picked | None] = {
     "FasterVLM, a ninth": FasterVLM(NINTH),
     "DivPrune, a ninth": DivPrune(NINTH),
 }
-WAYS_LONG = ("full", "RandomPatches, a third", "PooledPatches, a third", "FasterVLM, a third")
+WAYS_LONG = {name: WAYS[name] for name in ("full", "RandomPatches, a third", "PooledPatches, a third", "FasterVLM, a third")}
+FRAME = 16  # of the 49 rows that a frame of a clip has
+WAYS_CLIPS: dict[str, Picked | None] = {
+    "full": None,
+    "RandomPatches, a third": RandomPatches(FRAME),
+    "PooledPatches, a third": PooledPatches((4, 4)),
+    "FasterVLM, a third": FasterVLM(FRAME),
+    "HoliTom, a third": HoliTom(0.33),
+    "FastVID, a third": FastVID(0.33),
+    "FramePairs, a half": FramePairs(2),
+}
+
+
+def ways(task: str) -> dict[str, Picked | None]:
+    """What is tried on a task."""
+    return WAYS_CLIPS if task in CLIPS else WAYS_LONG if task in LONG else WAYS
+
+
+def check(v: Llava, digits: Material) -> None:
+    """UserError for a way that does not fit its task, before anything is trained."""
+    for task in TASKS:
+        crops = asked(v, make(task, digits, 1, TEST_SEED)).crops_BTYXC.shape[1]
+        for way in ways(task).values():
+            if way is not None:
+                fit(v, *shape_of(v, task, crops), way)
 
 
 def measured(v: Llava, n: int = TEST) -> dict[str, Any]:
@@ -169,8 +197,8 @@ def measured(v: Llava, n: int = TEST) -> dict[str, Any]:
     digits, scores = material("test"), {}
     for task in TASKS:
         given = make(task, digits, FEW if task in LONG else n, TEST_SEED)
-        for name in WAYS_LONG if task in LONG else WAYS:
-            scores[task, name] = score_llava(v, given, reduce=WAYS[name], batch=10 if task in LONG else 25)
+        for name, way in ways(task).items():
+            scores[task, name] = score_llava(v, given, reduce=way, batch=10 if task in LONG else 25)
             print(task, name, scores[task, name].accuracy, file=sys.stderr)
     found: dict[str, Any] = {task: {} for task in TASKS}
     for (task, name), score in scores.items():

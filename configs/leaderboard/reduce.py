@@ -1,4 +1,4 @@
-"""Token reduction of text, sound and pictures at equal mean tokens a layer: 66, 33, 22 and 11% of them.
+"""Token reduction of text, sound, pictures and clips at equal mean tokens a layer: 66, 33, 22 and 11% of them.
 
 Command:   tokeff run configs/leaderboard/reduce.py --suite smoke      (a first look: some rows of each kind at a third)
            tokeff run configs/leaderboard/reduce.py --suite full       (every method; resumes where it stopped)
@@ -17,19 +17,20 @@ FEW = {
     "sound": ("ToMe", "Pooled"),
     "labels": ("ToMe", "Random"),
     "pictures": ("FasterVLM", "RandomPatches", "PyramidDrop"),
+    "clips": ("HoliTom", "RandomPatches"),
 }
 TEXTS = (Batch("single_needle", 960), Batch("single_needle", 960, seed=4))
 
 
 def experiment(suite: str = "full") -> Reduction:
-    """`full`: every method of every kind at four shares, on 8 texts of 960 tokens, all windows of sound and 100 pictures a task. `smoke`:
-    some methods at a third, on two texts of 384 tokens, two windows and 25 pictures."""
+    """`full`: every method of every kind at four shares, on 8 texts of 960 tokens, all windows of sound, 100 pictures a task and 50 clips
+    a task. `smoke`: some methods at a third, on two texts of 384 tokens, two windows, 25 pictures and 10 clips a task."""
     if suite not in ("smoke", "full"):
         raise UserError(f"no suite {suite!r}; use --suite smoke or --suite full")
     if suite == "smoke":
         rows = tuple(row for kind in KINDS for row in entries(kind, (0.33,), FEW[kind]))
         return Reduction(
             "reduce-smoke", rows, batches=(Batch("single_needle", 384, n=2, ahead=16),), timed=512, rounds=2, windows=2, tasks=("where",),
-            pictures=25,
+            pictures=25, clips=10,
         )  # fmt: skip
     return Reduction("reduce", tuple(row for kind in KINDS for row in entries(kind, SHARES)), batches=TEXTS, timed=1536, rounds=2)

@@ -15,12 +15,13 @@ from tokeff.data.digits import Material
 from tokeff.data.drawing import photographs
 from tokeff.data.speech import Clip
 from tokeff.errors import UserError
-from tokeff.evals import hearing, reading, reduction, seeing
+from tokeff.evals import hearing, reading, reduction, seeing, watching
 from tokeff.evals.fidelity import Encoded
 from tokeff.evals.hearing import Hearing
 from tokeff.evals.leaderboard import Batch
 from tokeff.evals.reduction import AtShare, Reduction, beats, entries
 from tokeff.evals.seeing import Answering, Labelling, at_share
+from tokeff.evals.watching import Watching
 from tokeff.models.config import Config, Precision
 from tokeff.models.fresh import fresh_decoder, fresh_projector, fresh_vit
 from tokeff.models.llava_rows import Llava, LlavaConfig
@@ -130,7 +131,7 @@ def test_kinds_that_are_not_there_are_left_out_with_a_line(monkeypatch, tmp_path
     left = board(*(row for kind in reduction.KINDS for row in entries(kind, (0.33,)))).settled()
     assert {row.kind for row in left.rows} == {"text"}
     said = capsys.readouterr().err.splitlines()
-    assert len(said) == 3 and said[0].startswith("left out: sound: whisper-tiny.en is not in the cache")
+    assert len(said) == 4 and said[0].startswith("left out: sound: whisper-tiny.en is not in the cache")
 
 
 # -- sound and pictures
@@ -219,3 +220,22 @@ def test_settings_at_a_share():
             continue
         rows = [at_share(name, cfg, share).rows(cfg) for share in SHARES]
         assert all(abs(n - share * 196) < 0.25 * share * 196 + 3 for n, share in zip(rows, SHARES)) or name == "AIM", (name, rows)
+
+
+def test_clips(pictured):
+    """Every method leaves about the share it is asked for, of which some have none that is small."""
+    _, v, _ = pictured
+    stuff = Material("test", np.full((40, 28, 28), 200, np.uint8), np.arange(40) % 10, photographs([np.zeros((100, 100, 3), np.uint8)]))
+    given = {task: reduction.make(task, stuff, 3, 0) for task in watching.TASKS}
+    watched = Watching(v, given, reduction.make("order", stuff, 2, 1), 1)
+    full = watched.figures("Full", 1.0)
+    assert full["share"] == full["flops"] == full["held"] == full["picture_speedup"] == 1 and full["rows_left"] == 8 * 16 + 1
+    for method, share, about in (("DyCoke", 0.66, 0.65), ("OnDeviceSora", 0.66, 0.5), ("RandomPatches", 0.33, 5 / 16)):
+        some = watched.figures(method, share)
+        assert some["share"] == pytest.approx(about, abs=0.02) and some["flops"] < 1 and len(some["paired"]) == 6, (method, some)
+    for method in ("DyCoke", "StillRuns", "OnDeviceSora"):
+        with pytest.raises(UserError, match=f"{method} leaves more than 0.11 of the rows"):
+            watched.way(method, 0.11)
+    assert watched.way("HoliTom", 0.33).budget == 0.33
+    rest = (watched.alike <= watched.way("StillRuns", 0.33).tau).mean()
+    assert (1 + 7 * rest) / 8 == pytest.approx(0.33, abs=0.02)

@@ -16,7 +16,19 @@ from tokeff.data.digits import Material
 from tokeff.data.drawing import photographs
 from tokeff.errors import UserError
 from tokeff.evals.stats import proportion
-from tokeff.evals.vision import answer_logits, asked, directions, labels, normal, picture_vectors, right, rows_of, score_llava, score_vit
+from tokeff.evals.vision import (
+    answer_logits,
+    asked,
+    close,
+    directions,
+    labels,
+    normal,
+    picture_vectors,
+    right,
+    rows_of,
+    score_llava,
+    score_vit,
+)
 from tokeff.generation import Setup
 from tokeff.models.config import Config, Precision
 from tokeff.models.fetch import cache_dir
@@ -138,7 +150,19 @@ def test_an_answer_is_right_where_generate_writes_it(llava, stuff):
         llava.params, llava.text.params, a.crops_BTYXC, tokens, length, a.answer_B,
         cfg=llava.cfg, text_cfg=llava.text.cfg, task="row", marks=a.marks, reduce=None,
     )  # fmt: skip
-    assert got.tolist() == [True, True, False]
+    hits, left = got
+    assert hits.tolist() == [True, True, False] and left.tolist() == [50] * 3
+
+
+def test_rows_that_are_gone_need_no_space(llava, stuff):
+    """What a method leaves of a clip is the clip's own; side by side in less space it is the same prompt."""
+    a = asked(llava, make("motion", stuff, 3, 1))
+    (some,) = picture_vectors(llava, "motion", jnp.asarray(a.crops_BTYXC), DyCoke())
+    given = a.tokens_BS, a.length_B, a.answer_B, a.marks
+    most = int(some.real_BM.sum(axis=1).max())
+    assert most < some.x_BMD.shape[1] * 0.7
+    got = [answer_logits(llava.text.params, llava.text.cfg, [rows], *given)[0] for rows in (some, close(some, most))]
+    np.testing.assert_allclose(*got, atol=1e-5)
 
 
 def test_reduced_pictures(llava, stuff):
@@ -150,7 +174,8 @@ def test_reduced_pictures(llava, stuff):
         np.testing.assert_allclose(logits(llava, a, PooledPatches((7, 7)))[0], logits(llava, a)[0], atol=1e-5)
     for reduce, rows in ((FasterVLM(16), 16), (DivPrune(16), 16), (VisionZip(10, 6), 16), (PooledPatches((4, 4)), 16)):
         got = score_llava(llava, given, reduce=reduce, batch=2)
-        assert got.rows == 2 * (rows + 1) and len(got.hits) == 5 and set(got.facts()) == {"accuracy", "low", "high", "n", "rows", "seconds"}
+        assert got.rows == 2 * (rows + 1) and len(got.hits) == 5 and got.left == (got.rows,) * 5
+        assert set(got.facts()) == {"accuracy", "low", "high", "n", "rows", "left", "seconds"}
     with pytest.raises(UserError, match="budget"):
         score_llava(llava, given, reduce=FasterVLM(0))
 

@@ -1,12 +1,13 @@
 """Token reduction at equal mean tokens a layer: text under passes, sound and pictures in encoders, pictures before and inside a decoder.
 
 A row is a method at a share: that of the rows which the layers work on in the mean (`tokeff.evals.mean_rows`), so that cutting early and
-cutting late compare fairly. The four kinds stand on one page, each with a row `Full` and with baselines that do not look:
+cutting late compare fairly. The five kinds stand on one page, each with a row `Full` and with baselines that do not look:
 
     text      SmolLM2 under every listed pass: answers, loss and divergence on real text          tokeff.evals.reading
     sound     Whisper, rows merged in its encoder: word errors                                    tokeff.evals.hearing
     labels    a tower that names digits, rows merged inside it                                    tokeff.evals.seeing
     pictures  a LLaVA behind every listed method for single pictures, and under passes            tokeff.evals.seeing
+    clips     the same behind the methods for frames of a video                                   tokeff.evals.watching
 
 Seconds are those of two programs that take turns, the method's and that of all rows; a speed-up is the median of the ratios within rounds.
 `beats` says whether a method is better than every baseline of its kind at its share, example by example, at 95%.
@@ -24,7 +25,7 @@ from tokeff.compat import forget_programs
 from tokeff.data.canvases import TASKS, make
 from tokeff.data.digits import material
 from tokeff.errors import UserError, nearest
-from tokeff.evals import hearing, reading, seeing
+from tokeff.evals import hearing, reading, seeing, watching
 from tokeff.evals.comparison import BASE, compile_cache
 from tokeff.evals.hearing import Hearing
 from tokeff.evals.leaderboard import Batch, over_texts
@@ -32,6 +33,7 @@ from tokeff.evals.mean_rows import check_share, mean_share
 from tokeff.evals.reading import Reading
 from tokeff.evals.seeing import Answering, Labelling
 from tokeff.evals.stats import paired_difference
+from tokeff.evals.watching import Watching
 from tokeff.experiment import Experiment, Row
 from tokeff.generation import Setup
 from tokeff.models.fetch import cache_dir
@@ -41,7 +43,7 @@ from tokeff.models.presets import IMAGES
 from tokeff.models.vit_hf import load_vit
 from tokeff.report.figures import Curves, Figure
 
-KINDS = ("text", "sound", "labels", "pictures")
+KINDS = ("text", "sound", "labels", "pictures", "clips")
 TIME, ALL = "time", "all"  # parts of a text row's measurements, and the one part of every other's
 SINGLE = tuple(name for name, task in TASKS.items() if task.pictures == 1 and task.side == TASKS["name"].side)
 SEED = 4242  # of the pictures
@@ -63,13 +65,14 @@ def known(kind: str) -> tuple[str, ...]:
     """The methods of a kind, without `Full`. UserError for a kind that is none."""
     if kind not in KINDS:
         raise UserError(f"no kind {kind!r} of rows; {nearest(kind, KINDS)}")
-    return {"text": tuple(f.name for f in reading.families()), "pictures": seeing.METHODS}.get(kind, hearing.METHODS)
+    text = tuple(f.name for f in reading.families())
+    return {"text": text, "pictures": seeing.METHODS, "clips": watching.METHODS}.get(kind, hearing.METHODS)
 
 
 def baselines(kind: str) -> tuple[str, ...]:
     """What a method of a kind has to beat."""
     text = tuple(f.name for f in reading.families() if f.baseline)
-    return {"text": text, "pictures": seeing.BASELINES}.get(kind, hearing.BASELINES)
+    return {"text": text, "pictures": seeing.BASELINES, "clips": watching.BASELINES}.get(kind, hearing.BASELINES)
 
 
 def entries(kind: str, shares: Sequence[float], methods: Sequence[str] | None = None) -> tuple[AtShare, ...]:
@@ -100,10 +103,13 @@ class Reduction(Experiment):
     """Questions that pictures are asked."""
     pictures: int = 100
     """Pictures of each task."""
+    clips: int = 50
+    """Clips of each of the tasks about clips."""
 
     def settled(self) -> Reduction:
         """Without the kinds whose models or examples are not there, and without picture methods that fit no share."""
-        rows, lack = self.rows, {"sound": hearing.missing(), "labels": self.unseen(self.tower), "pictures": self.unseen(self.llava)}
+        llava, rows = self.unseen(self.llava), self.rows
+        lack = {"sound": hearing.missing(), "labels": self.unseen(self.tower), "pictures": llava, "clips": llava}
         for kind, reason in lack.items():
             if reason is not None and any(row.kind == kind for row in rows):
                 print(f"left out: {kind}: {reason}", file=sys.stderr)
@@ -128,7 +134,7 @@ class Reduction(Experiment):
             raise UserError(f"rows of kind {lacking[0]!r} need the row {BASE!r} to compare with; add AtShare({BASE!r}, {lacking[0]!r})")
         if wrong := [task for task in self.tasks if task not in SINGLE]:
             raise UserError(f"task {wrong[0]!r} is not about one picture of the tower's size; give some of {', '.join(SINGLE)}")
-        for name in ("timed", "rounds", "pictures"):
+        for name in ("timed", "rounds", "pictures", "clips"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} {getattr(self, name)} measures nothing; give 1 or more")
 
@@ -185,6 +191,7 @@ class Reduction(Experiment):
             Curves("share", "wer", "Sound: word errors against rows a layer of the encoder works on"),
             Curves("share", "labelled", "Pictures: digits named by the tower", high=True),
             Curves("share", "accuracy", "Pictures: right answers", high=True),
+            Curves("share", "watched", "Clips: right answers", high=True),
             Curves("share", "speedup", "Text: speed of a prefill, the dense one = 1", high=True),
             Curves("share", "encoder_speedup", "Sound: speed of the encoder, over all rows = 1", high=True),
             Curves("share", "picture_speedup", "Pictures: speed of a batch, with all rows = 1", high=True),
@@ -222,8 +229,17 @@ class Parts:
         if row.kind == "labels":
             made = lambda: Labelling(load_vit(e.tower), make("name", material("test"), e.pictures, SEED), e.rounds)  # noqa: E731
             return self.once("labels", made).figures(row.method, row.share)
-        given = lambda: {task: make(task, material("test"), e.pictures, SEED) for task in e.tasks}  # noqa: E731
-        return self.once("pictures", lambda: Answering(load_llava(e.llava), given(), e.rounds)).figures(row.method, row.share)
+        made = self.watching if row.kind == "clips" else self.answering
+        return self.once(row.kind, made).figures(row.method, row.share)
+
+    def answering(self) -> Answering:
+        e, stuff = self.experiment, material("test")
+        return Answering(load_llava(e.llava), {task: make(task, stuff, e.pictures, SEED) for task in e.tasks}, e.rounds)
+
+    def watching(self) -> Watching:
+        e, stuff = self.experiment, material("test")
+        given = {task: make(task, stuff, e.clips, SEED) for task in watching.TASKS}
+        return Watching(load_llava(e.llava), given, make(watching.TASKS[0], stuff, watching.BATCH, SEED + 1), e.rounds)
 
 
 SHOWN = ("prefill_s", "first_token_s", "first_token_speedup", "speedup", "encoder_speedup", "picture_speedup", "tflops", "flops", "held",
@@ -246,7 +262,7 @@ def averaged(parts: dict[str, dict[str, Any]], against: Sequence[dict[str, dict[
             case "sound":
                 found |= hearing.averaged(some)
             case kind:
-                found |= seeing.averaged(some, "labelled" if kind == "labels" else "accuracy")
+                found |= seeing.averaged(some, {"labels": "labelled", "clips": "watched"}.get(kind, "accuracy"))
     if some["family"] != "baseline" and (won := [beats(parts, theirs) for theirs in against]) and None not in won:
         found["beats"] = all(won)
     return found

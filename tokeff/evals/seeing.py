@@ -186,7 +186,7 @@ class Answering:
         return right(
             v.params, v.text.params, a.crops_BTYXC[part], a.tokens_BS[part], a.length_B[part], a.answer_B[part],
             cfg=v.cfg, text_cfg=v.text.cfg, task=a.task, marks=a.marks, reduce=reduce,
-        )  # fmt: skip
+        )[0]  # fmt: skip
 
     def read(self, a: Asked, cut: Pass | None, part: slice) -> Prompt:
         """The questions, their pictures' rows in the place of the mark, through the decoder under a pass: the answer is not there yet."""

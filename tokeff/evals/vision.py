@@ -37,21 +37,23 @@ LONGEST, ANSWER = 16, 5  # tokens of a question with its answer, and of an answe
 
 @dataclass(frozen=True)
 class Score:
-    """accuracy: with its Wilson interval at 95%. rows: of all pictures of an example, as its reader gets them. seconds: of all examples,
-    without compiling. hits: example by example, to compare two ways on the same examples (`tokeff.evals.stats.paired_difference`)."""
+    """accuracy: with its Wilson interval at 95%. rows: of all pictures of an example, as its reader gets them, at most. seconds: of all
+    examples, without compiling. hits: example by example, to compare two ways on the same examples
+    (`tokeff.evals.stats.paired_difference`). left: of each example how many of its rows are there."""
 
     task: str
     accuracy: Interval
     rows: int
     seconds: float
     hits: tuple[bool, ...]
+    left: tuple[int, ...]
 
     def facts(self) -> dict[str, Any]:
         """The figures for a results file."""
         a = self.accuracy
         return {
             "accuracy": round(a.value, 4), "low": round(a.low, 4), "high": round(a.high, 4), "n": a.n, "rows": self.rows,
-            "seconds": round(self.seconds, 2),
+            "left": round(float(np.mean(self.left)), 1), "seconds": round(self.seconds, 2),
         }  # fmt: skip
 
 
@@ -76,7 +78,8 @@ def score_vit(m: ImageModel, given: Canvases, *, reduce: Reducer | None = None, 
         raise UserError(f"a label is the answer to the task 'name', not to {given.task!r}; score a LLaVA on that")
     pixels, truth = given.pictures_BTYXC[:, 0], np.array(list(map(int, given.answers)))
     found, seconds = _timed(lambda part: labels(m.params, m.cfg, pixels[part], reduce, drop), len(truth), batch)
-    return _score("name", found == truth, m.cfg.S - sum(drop), seconds)
+    rows = m.cfg.S - sum(drop)
+    return _score("name", found == truth, rows, seconds, [rows] * len(truth))
 
 
 # -- a LLaVA
@@ -187,6 +190,12 @@ def _settled(v: Llava, shape: Pixels, canvas: Canvas | None, reduce: Picked, pix
     return Vectors(x[order], real[order])
 
 
+def close(some: Vectors, most: int) -> Vectors:
+    """The rows that are there side by side, in space for `most`."""
+    at_BM = jnp.argsort(~some.real_BM, axis=1, stable=True)[:, :most]
+    return Vectors(jnp.take_along_axis(some.x_BMD, at_BM[..., None], axis=1), jnp.take_along_axis(some.real_BM, at_BM, axis=1))
+
+
 def answer_logits(params: Params, cfg: Config, pictured: Sequence[Vectors], tokens_BS, length_B, answer_B, marks: tuple[int, ...]):
     """(logits_BAV, id_BA, there_BA): of the tokens of the answers, each behind the true ones before it; these tokens; and which there are.
     `pictured` has what stands at each mark; rows that are none are passed over."""
@@ -206,17 +215,20 @@ def answer_logits(params: Params, cfg: Config, pictured: Sequence[Vectors], toke
     return unembed(params, cfg, rows), jnp.take_along_axis(tokens_BS, at_BA, axis=1), there_BA
 
 
-@partial(jax.jit, static_argnames=("cfg", "text_cfg", "task", "marks", "reduce"))
+@partial(jax.jit, static_argnames=("cfg", "text_cfg", "task", "marks", "reduce", "most"))
 def right(
     front: LlavaParams, text: Params, crops_BTYXC, tokens_BS, length_B, answer_B, *,
-    cfg: LlavaConfig, text_cfg: Config, task: str, marks: tuple[int, ...], reduce: Picked | None,
-) -> jax.Array:  # fmt: skip
-    """hit_B: whether greedy decoding would write the answer and then stop."""
+    cfg: LlavaConfig, text_cfg: Config, task: str, marks: tuple[int, ...], reduce: Picked | None, most: int | None = None,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    """(hit_B, left_B): whether greedy decoding would write the answer and then stop; and how many rows the pictures had. most: no example
+    has more rows for one mark, so the decoder is given no more."""
     v = Llava(cfg, front, Model(text_cfg, text, None, Precision(), text_cfg.name), None, text_cfg.name)
     about_BD = directions(v, tokens_BS, answer_B) if isinstance(reduce, Told) else None
     pictured = picture_vectors(v, task, crops_BTYXC, reduce, about_BD)
+    left_B = jnp.stack([some.real_BM.sum(axis=1) for some in pictured]).sum(axis=0)
+    pictured = pictured if most is None else [close(some, most) for some in pictured]
     logits, ids, there = answer_logits(text, text_cfg, pictured, tokens_BS, length_B, answer_B, marks)
-    return ((jnp.argmax(logits, axis=2) == ids) | ~there).all(axis=1)
+    return ((jnp.argmax(logits, axis=2) == ids) | ~there).all(axis=1), left_B
 
 
 def rows_of(v: Llava, task: str, T: int, reduce: Picked | None) -> int:
@@ -233,13 +245,15 @@ def score_llava(v: Llava, given: Canvases, *, reduce: Picked | None = None, batc
         fit(v, *shape_of(v, given.task, a.crops_BTYXC.shape[1]), reduce)
 
     def some(part: slice) -> jax.Array:
-        return right(
+        both = right(
             v.params, v.text.params, a.crops_BTYXC[part], a.tokens_BS[part], a.length_B[part], a.answer_B[part],
             cfg=v.cfg, text_cfg=v.text.cfg, task=a.task, marks=a.marks, reduce=reduce,
         )  # fmt: skip
+        return jnp.stack(both, axis=1)
 
     found, seconds = _timed(some, len(a.length_B), batch)
-    return _score(given.task, found, rows_of(v, given.task, a.crops_BTYXC.shape[1], reduce), seconds)
+    hits, left = found.T
+    return _score(given.task, hits, rows_of(v, given.task, a.crops_BTYXC.shape[1], reduce), seconds, left)
 
 
 def _timed(some: Any, n: int, batch: int) -> tuple[np.ndarray, float]:
@@ -256,5 +270,5 @@ def _timed(some: Any, n: int, batch: int) -> tuple[np.ndarray, float]:
     return np.concatenate(found), seconds
 
 
-def _score(task: str, hits: np.ndarray, rows: int, seconds: float) -> Score:
-    return Score(task, proportion(hits), rows, seconds, tuple(map(bool, hits)))
+def _score(task: str, hits: np.ndarray, rows: int, seconds: float, left: Sequence[int]) -> Score:
+    return Score(task, proportion(hits), rows, seconds, tuple(map(bool, hits)), tuple(map(int, left)))

@@ -160,13 +160,21 @@ class DyCoke(Filmed):
         if not 0 <= self.drop < 1:
             raise UserError(f"drop {self.drop} is not a share of a frame's rows; give a fraction from 0 up to 1")
 
-    def reduce(self, x_BSD: jax.Array, seen: Seen, cfg: ViTConfig) -> Reduced:
-        x, F, P = patches(x_BSD, cfg), len(x_BSD), cfg.patches
+    def earlier(self, F: int) -> np.ndarray:
+        """earlier_F: the frame each of F frames is compared with; itself where it stays whole."""
         earlier = np.arange(F)
         earlier[1::2] = np.arange(0, F - 1, 2)
         thirds = np.arange(2, F - 2, 4)
         earlier[thirds] = thirds - 2
-        u = unit(x)
+        return earlier
+
+    def whole(self, F: int) -> int:
+        """How many of F frames keep all their rows."""
+        return int((self.earlier(F) == np.arange(F)).sum())
+
+    def reduce(self, x_BSD: jax.Array, seen: Seen, cfg: ViTConfig) -> Reduced:
+        x, F, P = patches(x_BSD, cfg), len(x_BSD), cfg.patches
+        earlier, u = self.earlier(F), unit(x)
         like = (u * u[earlier]).sum(axis=2)
         keep = np.where(earlier == np.arange(F), P, max(int((1 - self.drop) * P + 1e-6), 1))
         rank = jnp.argsort(jnp.argsort(jnp.nan_to_num(like, nan=2.0), axis=1, stable=True), axis=1)

@@ -47,6 +47,7 @@ AXES = {
     "wer": "word error rate (lower is better)",
     "accuracy": "right answers (higher is better)",
     "labelled": "digits named rightly (higher is better)",
+    "watched": "right answers about clips (higher is better)",
     "speedup": "prefill of all rows / the method's, seconds",
     "encoder_speedup": "encoder over all rows / the method's, seconds",
     "picture_speedup": "batch with all rows / the method's, seconds",

@@ -183,7 +183,7 @@ COLUMNS = (
     Column("answer_logprob", "answer log p", significant, "answer log p: mean log-likelihood of the right answer"),
     Column("later_exact", "asked later", count, "asked later: the same questions, put to the context after it was compressed"),
     Column("later_logprob", "later log p", significant, "later log p: answer log p of questions asked later"),
-    Column("accuracy", "right", first_of("labelled"), "right: share of pictures answered or named rightly"),
+    Column("accuracy", "right", first_of("labelled", "watched"), "right: share of pictures answered or named rightly"),
     Column("wer", "WER", share, "WER: words inserted, deleted and replaced / words said"),
     Column("changed", "changed", share, "changed: the same against the transcript that all rows give"),
     Column("perplexity", "perplexity", significant, "perplexity: of held-out text"),
