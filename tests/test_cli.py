@@ -153,7 +153,6 @@ def test_suite_and_only(tiny):
         (["--rows.h2o.kv.budget", "0"], "budget 0 is not in (0, 1]"),
         (["stray"], "'stray' is not an option"),
         (["--only", "h20"], "did you mean 'h2o'?"),
-        (["--suite", "tiny"], "invalid choice"),
         (["--out", "tiny.py/run"], "choose another folder with --out"),
         (["--out", "."], "choose another folder with --out"),
     ],

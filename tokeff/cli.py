@@ -95,7 +95,7 @@ def _run_parser(commands) -> None:
                               usage="tokeff run CONFIG [options] [--field value ...]")  # fmt: skip
     run.add_argument("config", nargs="?", help="a Python file with experiment(), such as configs/quickstart.py")
     run.add_argument("--out", help="folder of the run (default: runs/<name>)")
-    run.add_argument("--suite", choices=("smoke", "full"), help="how much to measure, where the config offers it")
+    run.add_argument("--suite", help="how much to measure, where the config offers it: smoke, full, or what else it names")
     run.add_argument("--only", nargs="+", default=(), metavar="METHOD", help="keep only the rows of these methods")
     run.add_argument("--fresh", action="store_true", help="measure again what is already in the folder")
     run.add_argument("-h", "--help", action="store_true", help="show this, and the fields of CONFIG when it is given")

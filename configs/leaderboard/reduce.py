@@ -2,6 +2,7 @@
 
 Command:   tokeff run configs/leaderboard/reduce.py --suite smoke      (a first look: some rows of each kind at a third)
            tokeff run configs/leaderboard/reduce.py --suite full       (every method; resumes where it stopped)
+           tokeff run configs/leaderboard/reduce.py --suite pictures   (of that, one kind; also text, sound, labels, clips)
 Hardware:  2 CPU cores, float32, nothing else running
 Expected:  what looks beats what does not from a third down; sound and pictures lose little at two thirds; a prefill gains about what its
            operations say, less what scores cost
@@ -24,13 +25,15 @@ TEXTS = (Batch("single_needle", 960), Batch("single_needle", 960, seed=4))
 
 def experiment(suite: str = "full") -> Reduction:
     """`full`: every method of every kind at four shares, on 8 texts of 960 tokens, all windows of sound, 100 pictures a task and 50 clips
-    a task. `smoke`: some methods at a third, on two texts of 384 tokens, two windows, 25 pictures and 10 clips a task."""
-    if suite not in ("smoke", "full"):
-        raise UserError(f"no suite {suite!r}; use --suite smoke or --suite full")
+    a task. A kind's name: that kind alone, into the same folder. `smoke`: some methods at a third, on two texts of 384 tokens, two windows, 25
+    pictures and 10 clips a task."""
+    if suite not in ("smoke", "full", *KINDS):
+        raise UserError(f"no suite {suite!r}; use --suite smoke, full or one of {', '.join(KINDS)}")
     if suite == "smoke":
         rows = tuple(row for kind in KINDS for row in entries(kind, (0.33,), FEW[kind]))
         return Reduction(
             "reduce-smoke", rows, batches=(Batch("single_needle", 384, n=2, ahead=16),), timed=512, rounds=2, windows=2, tasks=("where",),
             pictures=25, clips=10,
         )  # fmt: skip
-    return Reduction("reduce", tuple(row for kind in KINDS for row in entries(kind, SHARES)), batches=TEXTS, timed=1536, rounds=2)
+    rows = tuple(row for kind in KINDS if suite in ("full", kind) for row in entries(kind, SHARES))
+    return Reduction("reduce", rows, batches=TEXTS, timed=1536, rounds=2)
