@@ -25,8 +25,8 @@ TEXTS = (Batch("single_needle", 960), Batch("single_needle", 960, seed=4))
 
 def experiment(suite: str = "full") -> Reduction:
     """`full`: every method of every kind at four shares, on 8 texts of 960 tokens, all windows of sound, 100 pictures a task and 50 clips
-    a task. A kind's name: that kind alone, into the same folder. `smoke`: some methods at a third, on two texts of 384 tokens, two windows, 25
-    pictures and 10 clips a task."""
+    a task. A kind's name: that kind alone, into the same folder. `smoke`: some methods at a third, on two texts of 384 tokens, two
+    windows, 25 pictures and 10 clips a task."""
     if suite not in ("smoke", "full", *KINDS):
         raise UserError(f"no suite {suite!r}; use --suite smoke, full or one of {', '.join(KINDS)}")
     if suite == "smoke":
