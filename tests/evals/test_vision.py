@@ -15,6 +15,7 @@ from tokeff.data.canvases import SIDE, WORDS, make
 from tokeff.data.digits import Material
 from tokeff.data.drawing import photographs
 from tokeff.errors import UserError
+from tokeff.evals import vision
 from tokeff.evals.stats import proportion
 from tokeff.evals.vision import (
     answer_logits,
@@ -163,6 +164,13 @@ def test_rows_that_are_gone_need_no_space(llava, stuff):
     assert most < some.x_BMD.shape[1] * 0.7
     got = [answer_logits(llava.text.params, llava.text.cfg, [rows], *given)[0] for rows in (some, close(some, most))]
     np.testing.assert_allclose(*got, atol=1e-5)
+
+
+def test_tasks_whose_pictures_are_alike_share_a_program(llava, stuff):
+    before = vision._right._cache_size()
+    for task in ("where", "count", "row"):
+        score_llava(llava, make(task, stuff, 3, 2), reduce=FasterVLM(5), batch=3)
+    assert vision._right._cache_size() == before + 1
 
 
 def test_reduced_pictures(llava, stuff):

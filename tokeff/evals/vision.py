@@ -215,13 +215,26 @@ def answer_logits(params: Params, cfg: Config, pictured: Sequence[Vectors], toke
     return unembed(params, cfg, rows), jnp.take_along_axis(tokens_BS, at_BA, axis=1), there_BA
 
 
-@partial(jax.jit, static_argnames=("cfg", "text_cfg", "task", "marks", "reduce", "most"))
 def right(
     front: LlavaParams, text: Params, crops_BTYXC, tokens_BS, length_B, answer_B, *,
     cfg: LlavaConfig, text_cfg: Config, task: str, marks: tuple[int, ...], reduce: Picked | None, most: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """(hit_B, left_B): whether greedy decoding would write the answer and then stop; and how many rows the pictures had. most: no example
     has more rows for one mark, so the decoder is given no more."""
+    looks = TASKS[task]
+    first = next(name for name, t in TASKS.items() if (t.pictures, t.side, t.video) == (looks.pictures, looks.side, looks.video))
+    return _right(
+        front, text, crops_BTYXC, tokens_BS, length_B, answer_B,
+        cfg=cfg, text_cfg=text_cfg, task=first, marks=marks, reduce=reduce, most=most,
+    )  # fmt: skip
+
+
+@partial(jax.jit, static_argnames=("cfg", "text_cfg", "task", "marks", "reduce", "most"))
+def _right(
+    front: LlavaParams, text: Params, crops_BTYXC, tokens_BS, length_B, answer_B, *,
+    cfg: LlavaConfig, text_cfg: Config, task: str, marks: tuple[int, ...], reduce: Picked | None, most: int | None,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    """`right`, one program for all tasks whose pictures are alike; `task` is the first of them."""
     v = Llava(cfg, front, Model(text_cfg, text, None, Precision(), text_cfg.name), None, text_cfg.name)
     about_BD = directions(v, tokens_BS, answer_B) if isinstance(reduce, Told) else None
     pictured = picture_vectors(v, task, crops_BTYXC, reduce, about_BD)
