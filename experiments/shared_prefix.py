@@ -71,8 +71,9 @@ def measure(m: Model, prompt, ids: list[int], B: int, rounds: int) -> dict[str, 
             given = jax.block_until_ready(jax.tree.map(jnp.copy, s))
             start = time.perf_counter()
             end = jax.block_until_ready(program(m.params, given, steps))
+            took = time.perf_counter() - start
             texts[name] = new_tokens(end)
-            return time.perf_counter() - start
+            return took
 
         timers[name] = timer
     seconds = interleave(timers, rounds, f"{B} sequences")

@@ -73,8 +73,8 @@ def bench(op, cases=None, implementation=None, repeats=9):
     device = jax.devices()[0]
     here = OPS[op][0]
     cases = cases or (here.CPU if device.platform == "cpu" else here.CASES)
-    per_second, empty = bandwidth(repeats), emptied_cache()
-    return [_row(op, case, implementation, device, per_second, empty, repeats) for case in cases]
+    empty = emptied_cache()
+    return [_row(op, case, implementation, device, empty, repeats) for case in cases]
 
 
 def beyond_cache():
@@ -91,7 +91,7 @@ def emptied_cache():
 
 
 def bandwidth(repeats=9):
-    """Return the bytes a second that the default device reads, or reads and writes in place, whichever is more."""
+    """Return the bytes a second that the default device reads, or reads and writes in place, whichever is more, at best."""
     x = jnp.zeros(beyond_cache() // 4, jnp.float32)
     read, bump = jax.jit(jnp.sum), jax.jit(lambda x: x + 1, donate_argnums=0)
     seconds = {"read": [], "both": []}
@@ -99,18 +99,18 @@ def bandwidth(repeats=9):
         seconds["read"].append(_seconds(read, x)[0])
         took, x = _seconds(bump, x)
         seconds["both"].append(took)
-    return max(n * x.nbytes / float(np.median(seconds[k][1:])) for k, n in (("read", 1), ("both", 2)))
+    return max(n * x.nbytes / min(seconds[k][1:]) for k, n in (("read", 1), ("both", 2)))
 
 
 def arithmetic(dtype, repeats=9):
-    """Return the floating-point operations a second of a large matrix product on the default device."""
+    """Return the floating-point operations a second of a large matrix product on the default device, of the best of `repeats`."""
     side = SIDE.get(jax.default_backend(), SIDE["other"])
     x, product = jnp.ones((side, side), dtype), jax.jit(jnp.matmul)
     seconds = [_seconds(product, x, x)[0] for _ in range(repeats + 1)]
-    return 2 * side**3 / float(np.median(seconds[1:]))
+    return 2 * side**3 / min(seconds[1:])
 
 
-def _row(op, case, implementation, device, per_second, empty, repeats):
+def _row(op, case, implementation, device, empty, repeats):
     module, this, plain_way, chain = OPS[op]
     layers = max(1, min(8, BYTES // module.floor_bytes(case)))
     arrays = getattr(module, "arrays", kernel_cases.arrays)
@@ -122,7 +122,7 @@ def _row(op, case, implementation, device, per_second, empty, repeats):
     timers = {name: _timer(module, f, chain, inputs) for name, f in programs.items()}
     ms: dict[str, Any] = {"whole_ms": None} | {name: s and s / layers * 1e3 for name, s in _medians(timers, empty, repeats).items()}
     flops = module.flops(case) if hasattr(module, "flops") else None
-    floor_ms = module.floor_bytes(case) / per_second * 1e3
+    floor_ms = module.floor_bytes(case) / bandwidth(repeats) * 1e3  # right after the case: rates move from minute to minute
     floor_ms = floor_ms if flops is None else max(floor_ms, flops / arithmetic(case.dtype, repeats) * 1e3)
     facts = {"op": op, "case": case.name, "implementation": implementation or "auto", "device": device.device_kind}
     speed = {"floor_ms": floor_ms, "gb_per_s": module.floor_bytes(case) / ms["ms"] / 1e6}

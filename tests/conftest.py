@@ -29,6 +29,7 @@ for name, value in {
     "JAX_COMPILATION_CACHE_DIR": str(Path.home() / ".cache" / "tokeff" / "xla-tests"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.05",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    "JAX_TRACEBACK_IN_LOCATIONS_LIMIT": "1",  # or pytest's deep stacks are written into every operation of every program
     # TPUs that exist only for the compiler, read when libtpu starts.
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",  # several pytest-xdist workers hold the compiler at once
     "TPU_SKIP_MDS_QUERY": "1",

@@ -30,10 +30,10 @@ from tokeff.models.load import Model
 from tokeff.models.transformer import one_layer
 
 STEPS = 6
+UNDER_ALL = "PromptDistill"  # the pass over which every policy stands
 METHODS = tuple(m for m in LISTED if m.bare)  # drafters that run another model have tests of their own
 GIVEN = np.random.default_rng(2).integers(0, tiny.CFG.V, (len(tiny.LENGTHS), STEPS))
-PIECE = 16  # of a prompt read in bounded memory
-CHUNK = 24  # the short prompt's last rows cross a border of chunks
+CHUNK = PIECE = 24  # of a prompt read in chunks, or in bounded memory; the short prompt's last rows cross a border
 
 
 def listed(*kinds: str, where=lambda method: True) -> list:
@@ -100,12 +100,15 @@ def prompt(name: str | None = None, kind: str = "small", form: str = "batch") ->
     """
     rows = {"swapped": tiny.prompts()[::-1], "single": tiny.prompts()[1:]}.get(form, tiny.prompts())
     parts, chunk = part(name, kind) if name else {}, CHUNK if form == "chunked" else None
-    return tiny.read(tiny.FULL, rows, evidence=asked(parts), cut=parts.get("cut"), pattern=parts.get("prefill"), chunk=chunk)
+    return tiny.read(tiny.FULL, rows, evidence=asked(name), cut=parts.get("cut"), pattern=parts.get("prefill"), chunk=chunk)
 
 
-def asked(parts: dict[str, Any]) -> tuple[Ask, ...]:
-    """What a prompt is asked for: everything, but nothing behind a sparse prefill, where only Full reads."""
-    return () if "prefill" in parts else evidence()
+def asked(name: str | None) -> tuple[Ask, ...]:
+    """What a prompt is asked for: everything, but nothing behind a sparse prefill, where only Full reads, and behind most passes what the
+    few policies want that stand over them."""
+    if name in (None, UNDER_ALL):
+        return evidence()
+    return part("H2O")["kv"].needs() if method(name).part == "cut" else ()
 
 
 def prompt_of(name: str, kind: str, form: str = "batch") -> Prompt:

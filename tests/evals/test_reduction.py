@@ -209,6 +209,9 @@ def seeing_logits(v, a):
 def test_pictures(pictured):
     _, v, given = pictured
     answering = Answering(v, {"where": given["where"]}, 1)
+    held = answering.figures("RandomPatches, in place", 0.33)
+    assert held["share"] == pytest.approx(16 / 49) and held["rows_left"] == 17 and len(held["paired"]) == 6
+    assert {"RandomPatches", "RandomPatches, in place"} < set(seeing.BASELINES) < set(seeing.METHODS)
     before, inside = answering.figures("RandomPatches", 0.33), answering.figures("PyramidDrop", 0.33)
     assert before["rows_left"] == 17 and before["share"] == pytest.approx(16 / 49) and before["held"] < 0.5
     assert inside["share"] == pytest.approx(0.33, abs=0.02) and inside["layers"] == [0, 1, 2] and len(inside["paired"]) == 6

@@ -100,10 +100,10 @@ def test_a_tower_labels_a_batch_as_it_labels_pictures_alone(tower, stuff):
         score_vit(tower, make("count", stuff, 2, 0))
 
 
-def logits(v, a, reduce=None):
+def logits(v, a, reduce=None, kept=False):
     about = directions(v, jnp.asarray(a.tokens_BS), jnp.asarray(a.answer_B))
     pictured = picture_vectors(v, a.task, jnp.asarray(a.crops_BTYXC), reduce, about)
-    return answer_logits(v.text.params, v.text.cfg, pictured, a.tokens_BS, a.length_B, a.answer_B, a.marks)
+    return answer_logits(v.text.params, v.text.cfg, pictured, a.tokens_BS, a.length_B, a.answer_B, a.marks, kept)
 
 
 def pixels_of(task, a, b) -> list[Pixels]:
@@ -132,6 +132,13 @@ def test_what_stands_before_an_answer_is_what_generate_reads(llava, stuff, task,
         prompt = read(llava, [text], [pixels_of(task, a, b)], Setup(), 1, reduce=reduce)
         np.testing.assert_allclose(prompt.logits_BV[0], got[b, 0], atol=1e-4)
         assert llava.text.tok.decode(ids[b][there[b]]) == given.answers[b]
+    if reduce is not None and reduce.placed:
+        kept = logits(llava, a, reduce, kept=True)[0]
+        for b in range(2):
+            text = a.tokens_BS[b, : a.answer_B[b]].tolist()
+            prompt = read(llava, [text], [pixels_of(task, a, b)], Setup(), 1, reduce=reduce, positions="kept")
+            np.testing.assert_allclose(prompt.logits_BV[0], kept[b, 0], atol=1e-4)
+        assert np.abs(kept - got).max() > 1e-3
     vectors = picture_vectors(llava, task, jnp.asarray(a.crops_BTYXC), reduce)
     assert rows_of(llava, task, a.crops_BTYXC.shape[1], reduce) == sum(x.x_BMD.shape[1] for x in vectors)
 
@@ -184,6 +191,8 @@ def test_reduced_pictures(llava, stuff):
         got = score_llava(llava, given, reduce=reduce, batch=2)
         assert got.rows == 2 * (rows + 1) and len(got.hits) == 5 and got.left == (got.rows,) * 5
         assert set(got.facts()) == {"accuracy", "low", "high", "n", "rows", "left", "seconds"}
+    with pytest.raises(UserError, match="have no places of their own"):
+        score_llava(llava, given, reduce=VisionZip(10, 6), positions="kept")
     with pytest.raises(UserError, match="budget"):
         score_llava(llava, given, reduce=FasterVLM(0))
 

@@ -142,7 +142,7 @@ def test_short_prompts_go_through(name, n):
     parts = runs.part(name)
     assert refused(Setup(**parts), (64, n)) is None
     rows = (tiny.prompts()[0], tiny.prompts()[1][:n])
-    prompt = tiny.read(tiny.FULL, rows, evidence=runs.asked(parts), cut=parts.get("cut"), pattern=parts.get("prefill"))
+    prompt = tiny.read(tiny.FULL, rows, evidence=runs.asked(name), cut=parts.get("cut"), pattern=parts.get("prefill"))
     assert np.isfinite(prompt.logits_BV).all() and int(prompt.layers[-1].here_B[1]) >= 1
 
 

@@ -37,8 +37,11 @@ def test_every_combination_is_possible_or_refused_at_once(kv):
 # One pass of each kind: rows dropped half-way up, for every policy; a prompt that begins anew, for a few.
 @pytest.mark.parametrize(
     ("kv", "cut"),
-    [pytest.param(*p.values, "PromptDistill", marks=p.marks) for p in listed("kv")]
-    + [(kv, cut) for kv in ("Full", "H2O", "Quest") for cut in NAMES["cut"] if cut != "PromptDistill"],
+    [pytest.param(*p.values, runs.UNDER_ALL, marks=p.marks) for p in listed("kv")]
+    + [
+        pytest.param(kv, cut, marks=pytest.mark.xdist_group(cut))
+        for kv in ("Full", "H2O", "Quest") for cut in NAMES["cut"] if cut != runs.UNDER_ALL
+    ],
 )
 def test_policy_over_a_pass_decodes(kv, cut):
     """Every policy packs what a pass let through and decodes from it: finite logits, no row twice, the newest row read."""

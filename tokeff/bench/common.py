@@ -107,7 +107,7 @@ def bandwidth(seconds: Mapping[str, Sequence[float]], nbytes: int = READ_BYTES) 
 
 def weight_bytes(m: Model) -> int:
     """Bytes of weights that one pass reads: all but an embedding that is only looked up."""
-    whole = sum(x.nbytes for x in jax.tree.leaves(m.params))
+    whole = sum(x.nbytes for x in jax.tree.leaves(m.params.replace(side=None)))
     return whole if m.params.head_VD is None else whole - m.params.embed_VD.nbytes
 
 

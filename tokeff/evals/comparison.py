@@ -193,7 +193,7 @@ def speed(bench: Bench, row: Line, length: int, new: int, pictures: bool) -> dic
         "calibrated": row.calibrated, "budget": budget_of(row), "context": length,
         "held": ratios.held, "read": ratios.read, "peak": ratios.peak,
         "prefill_s": prefill_s, "decode_tok_s": timing.tokens_per_s, "tokens_per_pass": (len(timing.tokens) - 1) / timing.passes,
-        "first_s": timing.first_s, "greedy_match": greedy_match(bench, length, row, timing.tokens),
+        "greedy_match": greedy_match(bench, length, row, timing.tokens),
     }  # fmt: skip
     if ratios.held >= 0.99 and ratios.read >= 0.99 and (figures["budget"] or 1.0) < 1:
         raise UserError(f"{row.method} held and read everything at a budget of {figures['budget']}; its settings are inactive here")

@@ -38,12 +38,11 @@ class Ratios:
 
 @dataclass(frozen=True)
 class Timing:
-    """Decoding after warm-up: generated tokens, model passes, seconds of the fastest of the runs; first_s is compiling and warm-up."""
+    """Decoding after warm-up: generated tokens, model passes, seconds of the fastest of the runs."""
 
     tokens: list[int]
     passes: int
     seconds: float
-    first_s: float
 
     @property
     def tokens_per_s(self) -> float:
@@ -66,15 +65,13 @@ def cost(m: Model, prompt: Prompt, setup: Setup, new: int, runs: int = 1) -> tup
         s = decoding(layers, prompt.tokens_BT, prompt.length_B, prompt.next_B, prompt.logits_BV, setup, new, 0, (), state)
         return jax.block_until_ready(jax.tree.map(jnp.copy, s))
 
-    start = time.perf_counter()
     program = run.lower(m.params, cfg, begin(), steps, **args).compile()
-    jax.block_until_ready(program(m.params, begin(), jnp.int32(4)))
-    first = time.perf_counter() - start
+    jax.block_until_ready(program(m.params, begin(), jnp.int32(4)))  # warms up
     ends = [_timed(program, m.params, begin(), steps) for _ in range(runs)]
     end = ends[-1][1]
     base = dense_bytes(cfg, int(prompt.length_B[0]), m.precision.cache)
     ratios = Ratios(tree_bytes((layers, end.drafter)) / base, read_bytes(setup, layers, cfg) / base, peak_bytes(program, m.params) / base)
-    return ratios, Timing(new_tokens(end)[0], int(end.passes_B[0]), min(s for s, _ in ends), first), layers
+    return ratios, Timing(new_tokens(end)[0], int(end.passes_B[0]), min(s for s, _ in ends)), layers
 
 
 def _timed(program, params, s: Decoding, steps) -> tuple[float, Decoding]:

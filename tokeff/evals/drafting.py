@@ -278,6 +278,7 @@ class Drafts:
         n = row.decode.nodes  # one for methods that make a pass cheaper, not wider
         runs[WRONG] = runs[PLAIN] if n == 1 else run(Setup(row.kv, None, Chain(n)), e.passes)
         for each in (turns := {id(x): x for x in runs.values()}).values():
-            Continuation(self.m, prompt, each.setup, e.new, 2)()  # compiles
+            own = type(each.setup.decode).drive is not Drafter.drive  # may go on to further programs as the text goes on
+            Continuation(self.m, prompt, each.setup, e.new, None if own else 2)()  # compiles
         seconds = common.interleave({str(i): x for i, x in turns.items()}, e.rounds, row.method, warm=False)
         return Group(prompt, runs, {name: seconds[str(id(x))] for name, x in runs.items()})

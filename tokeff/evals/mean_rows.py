@@ -95,11 +95,13 @@ def flops(cut: Pass | None, cfg: Config, length: int, pictures: int = 0) -> floa
 
     A query sees half of the keys in the mean, or its window. What a score takes beyond projecting queries and keys once is left out.
     """
-    total = 0.0
-    for i, w in enumerate(rows_by_layer(cut, cfg, length, pictures)):
+    total, work = 0.0, rows_by_layer(cut, cfg, length, pictures)
+    again = len(work) - cfg.L  # layers that a pass which starts the model again has run before
+    for n, w in enumerate(work):
+        i = n if n < again else n - again
         k = heads_in(cut, cfg, i) * cfg.H
         q = cfg.N // cfg.K * k
-        window = min(cfg.windows[i % cfg.L] or w.enter, w.enter)
+        window = min(cfg.windows[i] or w.enter, w.enter)
         seen = window - window * (window - 1) / (2 * max(w.enter, 1))
         total += cfg.D * (w.enter * (q + 2 * k) + w.leave * q + w.ranked * (q + k)) + 2 * w.leave * seen * q + 3 * w.leave * cfg.D * cfg.F
     return 2 * (total + cfg.D * cfg.V)

@@ -140,7 +140,7 @@ class Turn:
         prompt = prefill(m.params, m.cfg, self.tokens_BT, self.length_B, cut=self.cut, dtype=m.precision.cache)
         jax.block_until_ready(prompt)
         took = time.perf_counter() - begin
-        jax.block_until_ready(start(m, prompt, Setup(), 1).tokens_BS)
+        jax.block_until_ready(start(m, prompt, Setup(), 1))
         self.first_s.append(time.perf_counter() - begin)
         self.prompt = prompt
         return took

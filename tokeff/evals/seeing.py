@@ -58,8 +58,11 @@ PASSES = (
 )  # fmt: skip
 """Passes inside the decoder with a share as their knob. MustDrop's ranks by its sum of attention, without its thresholds. AIM's schedule
 takes eight layers and lets all rows go; skipping lets none go: neither has a share."""
-METHODS = (*(m.name for m in VISUAL), *(f.name for f in PASSES))
-BASELINES = tuple(m.name for m in VISUAL if m.family == "baseline")
+IN_PLACE = ", in place"
+"""Behind a method's name: rows that are left stay at their places, so the text stays as far from each. As published they move together."""
+STAY = tuple(name + IN_PLACE for name in ("FasterVLM", "DivPrune", "HiPrune", "RandomPatches", "PooledPatches"))
+METHODS = (*(m.name for m in VISUAL), *STAY, *(f.name for f in PASSES))
+BASELINES = tuple(name for m in VISUAL for name in (m.name, m.name + IN_PLACE) if m.family == "baseline" and name in METHODS)
 
 
 def at_share(name: str, cfg: ViTConfig, share: float) -> Picked:
@@ -143,7 +146,7 @@ class Answering:
         if method == FULL:
             return None
         if method not in {f.name for f in PASSES}:
-            return at_share(method, self.v.cfg.tower, share)
+            return at_share(method.removesuffix(IN_PLACE), self.v.cfg.tower, share)
         family, (text, seen) = next(f for f in PASSES if f.name == method), self.sizes()
         return mean_rows.place(family, share, self.v.text.cfg, text + seen, seen)
 
@@ -154,8 +157,8 @@ class Answering:
 
     def figures(self, method: str, share: float) -> dict[str, Any]:
         """Answers to all tasks, seconds of a batch in turns with all rows, and what is counted of the decoder alone."""
-        way, (text, seen), cfg = self.way(method, share), self.sizes(), self.v.text.cfg
-        hits = {task: self.hits(given, way) for task, given in self.given.items()}
+        way, (text, seen), cfg, kept = self.way(method, share), self.sizes(), self.v.text.cfg, method.endswith(IN_PLACE)
+        hits = {task: self.hits(given, way, kept) for task, given in self.given.items()}
         found = {"by_task": {task: float(np.mean(h)) for task, h in hits.items()}, "paired": [float(x) for h in hits.values() for x in h]}
         a = asked(self.v, next(iter(self.given.values())))
         if isinstance(way, Placed):
@@ -167,25 +170,26 @@ class Answering:
             rows = rows_of(self.v, a.task, 1, way)
             counted = {"share": (rows - 1) / (seen - 1), "rows_left": rows}
             work, held = mean_rows.flops(None, cfg, text + rows), (text + rows) / (text + seen)
-            ways = tuple(partial(self.answered, a, w, slice(0, BATCH)) for w in (None, way))
+            ways = tuple(partial(self.answered, a, w, slice(0, BATCH), kept) for w in (None, way))
         timers = {name: common.timed(f) for name, f in zip(("dense", "mine"), ways, strict=True) if way is not None or name == "mine"}
         kv = 2 * cfg.K * cfg.H * 4 * cfg.L * held * (text + seen)
         counted |= {"flops": work / mean_rows.flops(None, cfg, text + seen), "held": held, "kv_mib": kv / 2**20}
         return found | counted | turns(timers, self.rounds)
 
-    def hits(self, given: Canvases, way: Picked | Placed | None) -> np.ndarray:
+    def hits(self, given: Canvases, way: Picked | Placed | None, kept: bool = False) -> np.ndarray:
         if not isinstance(way, Placed):
-            return np.array(score_llava(self.v, given, reduce=way, batch=BATCH).hits)
+            positions = "kept" if kept else "renumbered"
+            return np.array(score_llava(self.v, given, reduce=way, batch=BATCH, positions=positions).hits)
         a = asked(self.v, given)
         parts = [slice(i, i + BATCH) for i in range(0, len(a.length_B), BATCH)]
         return np.concatenate([self.forced(a, way.cut, part) for part in parts])
 
-    def answered(self, a: Asked, reduce: Picked | None, part: slice) -> jax.Array:
+    def answered(self, a: Asked, reduce: Picked | None, part: slice, kept: bool = False) -> jax.Array:
         """The tower, what a method leaves of it, and the decoder over question and answer."""
         v = self.v
         return right(
             v.params, v.text.params, a.crops_BTYXC[part], a.tokens_BS[part], a.length_B[part], a.answer_B[part],
-            cfg=v.cfg, text_cfg=v.text.cfg, task=a.task, marks=a.marks, reduce=reduce,
+            cfg=v.cfg, text_cfg=v.text.cfg, task=a.task, marks=a.marks, reduce=reduce, kept=kept,
         )[0]  # fmt: skip
 
     def read(self, a: Asked, cut: Pass | None, part: slice) -> Prompt:

@@ -19,10 +19,12 @@ import numpy as np
 from tokeff.data.canvases import TASKS, Canvases, prompt
 from tokeff.errors import UserError
 from tokeff.evals.stats import Interval, proportion
+from tokeff.generation import Setup
 from tokeff.kv.prefill import Gather, blank, enter, run_layers
 from tokeff.models.anyres import Canvas, crops, film, lay_out
 from tokeff.models.config import Config, Params, Precision
 from tokeff.models.flow import EMPTY
+from tokeff.models.llava import check, check_places
 from tokeff.models.llava_rows import Llava, LlavaConfig, LlavaParams, Pixels, canvas_of, fit, see, standing
 from tokeff.models.load import Model
 from tokeff.models.transformer import embed, orders, unembed
@@ -127,10 +129,13 @@ def cropped(cfg: LlavaConfig, given: Canvases) -> np.ndarray:
 
 
 class Vectors(NamedTuple):
-    """What stands in a prompt for one of its marks: vectors, and which of them are rows at all."""
+    """What stands in a prompt for one of its marks: vectors, which of them are rows at all, where each stands in the whole picture, and how
+    many places that has."""
 
     x_BMD: jax.Array
     real_BM: jax.Array
+    place_BM: jax.Array
+    whole: int
 
 
 def shape_of(v: Llava, task: str, T: int) -> tuple[Pixels, Canvas | None]:
@@ -156,20 +161,26 @@ def picture_vectors(v: Llava, task: str, crops_BTYXC: jax.Array, reduce: Picked 
     whole = shape.video or canvas is not None  # one mark for all crops
     if reduce is not None and (whole or isinstance(reduce, Told)):
         marks = [pixels] if whole else [pixels[:, t : t + 1] for t in range(T)]
-        return [jax.vmap(partial(_settled, v, shape, canvas, reduce))(some, about_BD) for some in marks]
+        settled, places = jax.vmap(partial(_settled, v, shape, canvas, reduce)), standing(v, shape, canvas).whole
+        return [Vectors(*settled(some, about_BD), places) for some in marks]
     left = see(v, pixels.reshape(B * T, *pixels.shape[2:]), reduce)
     x_BTMD = left.x_BMD.reshape(B, T, *left.x_BMD.shape[1:])
     if whole:
         x = jax.vmap(lambda x: lay_out(x, canvas, newline, v.cfg.most) if canvas else film(x, grid, newline))(x_BTMD)
-        return [Vectors(x, jnp.ones(x.shape[:2], bool))]
+        return [Vectors(x, jnp.ones(x.shape[:2], bool), jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2]), x.shape[1])]
+    P = v.cfg.tower.patches
+    place_BTM = jnp.pad(left.place_BM.reshape(x_BTMD.shape[:3]), ((0, 0), (0, 0), (0, 1)), constant_values=P)
     real_BTM = jnp.ones(x_BTMD.shape[:3], bool) if left.real_BM is None else left.real_BM.reshape(x_BTMD.shape[:3])
     last = jnp.full((B, 1), reduce is None or reduce.newlines() != "none")
     end = jnp.broadcast_to(newline, (B, 1, len(newline)))
-    return [Vectors(jnp.concatenate([x_BTMD[:, t], end], axis=1), jnp.concatenate([real_BTM[:, t], last], axis=1)) for t in range(T)]
+    x_BTMD = jnp.concatenate([x_BTMD, jnp.broadcast_to(end[:, None], (B, T, *end.shape[1:]))], axis=2)
+    real_BTM = jnp.concatenate([real_BTM, jnp.broadcast_to(last[:, None], (B, T, 1))], axis=2)
+    return [Vectors(x_BTMD[:, t], real_BTM[:, t], place_BTM[:, t], P + 1) for t in range(T)]
 
 
-def _settled(v: Llava, shape: Pixels, canvas: Canvas | None, reduce: Picked, pixels_TYXC, about_D: jax.Array | None) -> Vectors:
-    """What is left of the crops or frames of one mark, in the order of places: `llava_rows.settled`, with a static number of rows."""
+def _settled(v: Llava, shape: Pixels, canvas: Canvas | None, reduce: Picked, pixels_TYXC, about_D: jax.Array | None):
+    """(x_MD, real_M, place_M) of what is left of the crops or frames of one mark, in the order of places: `llava_rows.settled`, with a
+    static number of rows."""
     left, newline = see(v, pixels_TYXC, reduce, canvas=canvas, video=shape.video, about_D=about_D), v.params.newline_D
     stand = standing(v, shape, canvas)
     assert newline is not None
@@ -187,30 +198,36 @@ def _settled(v: Llava, shape: Pixels, canvas: Canvas | None, reduce: Picked, pix
     x = jnp.concatenate([left.x_BMD.reshape(len(real), -1), jnp.broadcast_to(newline, (len(ends), len(newline)))])
     real, at = jnp.concatenate([real, keep]), jnp.concatenate([found, ends])
     order = jnp.argsort(jnp.where(real, at, stand.whole), stable=True) if reduce.placed else jnp.arange(len(at))
-    return Vectors(x[order], real[order])
+    return x[order], real[order], at[order]
 
 
 def close(some: Vectors, most: int) -> Vectors:
     """The rows that are there side by side, in space for `most`."""
     at_BM = jnp.argsort(~some.real_BM, axis=1, stable=True)[:, :most]
-    return Vectors(jnp.take_along_axis(some.x_BMD, at_BM[..., None], axis=1), jnp.take_along_axis(some.real_BM, at_BM, axis=1))
+    real, place = (jnp.take_along_axis(x, at_BM, axis=1) for x in (some.real_BM, some.place_BM))
+    return Vectors(jnp.take_along_axis(some.x_BMD, at_BM[..., None], axis=1), real, place, some.whole)
 
 
-def answer_logits(params: Params, cfg: Config, pictured: Sequence[Vectors], tokens_BS, length_B, answer_B, marks: tuple[int, ...]):
+def answer_logits(
+    params: Params, cfg: Config, pictured: Sequence[Vectors], tokens_BS, length_B, answer_B, marks: tuple[int, ...], kept: bool = False,
+):  # fmt: skip
     """(logits_BAV, id_BA, there_BA): of the tokens of the answers, each behind the true ones before it; these tokens; and which there are.
-    `pictured` has what stands at each mark; rows that are none are passed over."""
-    text = enter(params, cfg, tokens_BS, orders(length_B, tokens_BS.shape[1]), None)
-    known_BS, at, parts, there = text.order_BT != EMPTY, 0, [], []
+    `pictured` has what stands at each mark; rows that are none are passed over. kept: those that are left stay at their places, and so does
+    the text; else all stand one after the other."""
+    text, S = enter(params, cfg, tokens_BS, orders(length_B, tokens_BS.shape[1]), None), tokens_BS.shape[1]
+    known_BS, at, more, parts, there, place = text.order_BT != EMPTY, 0, 0, [], [], []
     for mark, some in zip(marks, pictured, strict=True):
         parts += [text.x_BTD[:, at:mark], some.x_BMD.astype(text.x_BTD.dtype)]
         there += [known_BS[:, at:mark], some.real_BM]
-        at = mark + 1
+        place += [jnp.broadcast_to(jnp.arange(at, mark) + more, there[-2].shape), some.place_BM + mark + more]
+        at, more = mark + 1, more + some.whole - 1
     x_BTD, real_BT = jnp.concatenate([*parts, text.x_BTD[:, at:]], axis=1), jnp.concatenate([*there, known_BS[:, at:]], axis=1)
-    order_BT = jnp.where(real_BT, jnp.cumsum(real_BT, axis=1) - 1, EMPTY).astype(jnp.int32)
+    place_BT = jnp.concatenate([*place, jnp.broadcast_to(jnp.arange(at, S) + more, known_BS[:, at:].shape)], axis=1)
+    order_BT = jnp.where(real_BT, place_BT if kept else jnp.cumsum(real_BT, axis=1) - 1, EMPTY).astype(jnp.int32)
     flow = enter(params, cfg, jnp.zeros(order_BT.shape, jnp.int32), order_BT, x_BTD)
     flow, _ = run_layers(params, cfg, flow, blank(cfg, len(x_BTD), real_BT.sum(axis=1), x_BTD.dtype), policy=Gather())
-    at_BA, more = answer_B[:, None] + jnp.arange(ANSWER), x_BTD.shape[1] - tokens_BS.shape[1]
-    there_BA, at_BA = at_BA < length_B[:, None], jnp.minimum(at_BA, tokens_BS.shape[1] - 1)
+    at_BA, more = answer_B[:, None] + jnp.arange(ANSWER), x_BTD.shape[1] - S
+    there_BA, at_BA = at_BA < length_B[:, None], jnp.minimum(at_BA, S - 1)
     rows = jnp.take_along_axis(flow.x_BTD, (at_BA + more - 1)[..., None], axis=1)
     return unembed(params, cfg, rows), jnp.take_along_axis(tokens_BS, at_BA, axis=1), there_BA
 
@@ -218,21 +235,22 @@ def answer_logits(params: Params, cfg: Config, pictured: Sequence[Vectors], toke
 def right(
     front: LlavaParams, text: Params, crops_BTYXC, tokens_BS, length_B, answer_B, *,
     cfg: LlavaConfig, text_cfg: Config, task: str, marks: tuple[int, ...], reduce: Picked | None, most: int | None = None,
+    kept: bool = False,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """(hit_B, left_B): whether greedy decoding would write the answer and then stop; and how many rows the pictures had. most: no example
-    has more rows for one mark, so the decoder is given no more."""
+    has more rows for one mark, so the decoder is given no more. kept: rows that are left stay at their places."""
     looks = TASKS[task]
     first = next(name for name, t in TASKS.items() if (t.pictures, t.side, t.video) == (looks.pictures, looks.side, looks.video))
     return _right(
         front, text, crops_BTYXC, tokens_BS, length_B, answer_B,
-        cfg=cfg, text_cfg=text_cfg, task=first, marks=marks, reduce=reduce, most=most,
+        cfg=cfg, text_cfg=text_cfg, task=first, marks=marks, reduce=reduce, most=most, kept=kept,
     )  # fmt: skip
 
 
-@partial(jax.jit, static_argnames=("cfg", "text_cfg", "task", "marks", "reduce", "most"))
+@partial(jax.jit, static_argnames=("cfg", "text_cfg", "task", "marks", "reduce", "most", "kept"))
 def _right(
     front: LlavaParams, text: Params, crops_BTYXC, tokens_BS, length_B, answer_B, *,
-    cfg: LlavaConfig, text_cfg: Config, task: str, marks: tuple[int, ...], reduce: Picked | None, most: int | None,
+    cfg: LlavaConfig, text_cfg: Config, task: str, marks: tuple[int, ...], reduce: Picked | None, most: int | None, kept: bool,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """`right`, one program for all tasks whose pictures are alike; `task` is the first of them."""
     v = Llava(cfg, front, Model(text_cfg, text, None, Precision(), text_cfg.name), None, text_cfg.name)
@@ -240,7 +258,7 @@ def _right(
     pictured = picture_vectors(v, task, crops_BTYXC, reduce, about_BD)
     left_B = jnp.stack([some.real_BM.sum(axis=1) for some in pictured]).sum(axis=0)
     pictured = pictured if most is None else [close(some, most) for some in pictured]
-    logits, ids, there = answer_logits(text, text_cfg, pictured, tokens_BS, length_B, answer_B, marks)
+    logits, ids, there = answer_logits(text, text_cfg, pictured, tokens_BS, length_B, answer_B, marks, kept)
     return ((jnp.argmax(logits, axis=2) == ids) | ~there).all(axis=1), left_B
 
 
@@ -251,16 +269,19 @@ def rows_of(v: Llava, task: str, T: int, reduce: Picked | None) -> int:
     return sum(x.x_BMD.shape[1] for x in made)
 
 
-def score_llava(v: Llava, given: Canvases, *, reduce: Picked | None = None, batch: int = 25) -> Score:
-    """Answers to one task, with rows of each picture taken away before the decoder. Raises UserError for settings that do not fit."""
-    a = asked(v, given)
+def score_llava(v: Llava, given: Canvases, *, reduce: Picked | None = None, batch: int = 25, positions: str = "renumbered") -> Score:
+    """Answers to one task, with rows of each picture taken away before the decoder. positions: as of `tokeff.models.llava.generate`. Raises
+    UserError for settings that do not fit."""
+    a, kept = asked(v, given), positions == "kept"
+    check(v, Setup(), None, positions)
     if reduce is not None:
+        check_places(reduce, positions)
         fit(v, *shape_of(v, given.task, a.crops_BTYXC.shape[1]), reduce)
 
     def some(part: slice) -> jax.Array:
         both = right(
             v.params, v.text.params, a.crops_BTYXC[part], a.tokens_BS[part], a.length_B[part], a.answer_B[part],
-            cfg=v.cfg, text_cfg=v.text.cfg, task=a.task, marks=a.marks, reduce=reduce,
+            cfg=v.cfg, text_cfg=v.text.cfg, task=a.task, marks=a.marks, reduce=reduce, kept=kept,
         )  # fmt: skip
         return jnp.stack(both, axis=1)
 
@@ -279,7 +300,7 @@ def _timed(some: Any, n: int, batch: int) -> tuple[np.ndarray, float]:
             jax.block_until_ready(some(part))
         started = time.perf_counter()
         found.append(np.asarray(some(part))[begin - part.start :])
-        seconds += time.perf_counter() - started
+        seconds += (time.perf_counter() - started) * len(found[-1]) / batch
     return np.concatenate(found), seconds
 
 

@@ -125,9 +125,13 @@ def check(v: Llava, setup: Setup, reduce: Picked | None, positions: str) -> None
             raise UserError(f"reduce={reduce!r} reduces no picture; give for example reduce=tokeff.reduce.FasterVLM(64)")
         if not isinstance(reduce, Filmed):  # what compares frames is checked against these
             reduce.check(v.cfg.tower)
-        if positions == "kept" and not reduce.placed:
-            raise UserError(f"rows of {type(reduce).__name__} have no places of their own; use positions='renumbered'")
+        check_places(reduce, positions)
     check_embeds(positions == "kept", setup.kv.needs(), setup.prefill)
+
+
+def check_places(reduce: Picked, positions: str) -> None:
+    if positions == "kept" and not reduce.placed:
+        raise UserError(f"rows of {type(reduce).__name__} have no places of their own; use positions='renumbered'")
 
 
 def read(
