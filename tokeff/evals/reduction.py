@@ -104,7 +104,7 @@ class Reduction(Experiment):
     pictures: int = 100
     """Pictures of each task."""
     clips: int = 50
-    """Clips of each of the tasks about clips."""
+    """Clips of each task about clips."""
 
     def settled(self) -> Reduction:
         """Without the kinds whose models or examples are not there, and without picture methods that fit no share."""
