@@ -236,7 +236,7 @@ def test_clips(pictured):
     given = {task: reduction.make(task, stuff, 3, 0) for task in watching.TASKS}
     watched = Watching(v, given, reduction.make("order", stuff, 2, 1), 1)
     full = watched.figures("Full", 1.0)
-    assert full["share"] == full["flops"] == full["held"] == full["picture_speedup"] == 1 and full["rows_left"] == 8 * 16 + 1
+    assert full["share"] == full["flops"] == full["held"] == full["clip_speedup"] == 1 and full["rows_left"] == 8 * 16 + 1
     for method, share, about in (("DyCoke", 0.66, 0.65), ("OnDeviceSora", 0.66, 0.5), ("RandomPatches", 0.33, 5 / 16)):
         some = watched.figures(method, share)
         assert some["share"] == pytest.approx(about, abs=0.02) and some["flops"] < 1 and len(some["paired"]) == 6, (method, some)

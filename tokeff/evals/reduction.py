@@ -195,6 +195,7 @@ class Reduction(Experiment):
             Curves("share", "speedup", "Text: speed of a prefill, the dense one = 1", high=True),
             Curves("share", "encoder_speedup", "Sound: speed of the encoder, over all rows = 1", high=True),
             Curves("share", "picture_speedup", "Pictures: speed of a batch, with all rows = 1", high=True),
+            Curves("share", "clip_speedup", "Clips: speed of a batch, with all rows = 1", high=True),
         )
 
 
@@ -242,8 +243,8 @@ class Parts:
         return Watching(load_llava(e.llava), given, make(watching.TASKS[0], stuff, watching.BATCH, SEED + 1), e.rounds)
 
 
-SHOWN = ("prefill_s", "first_token_s", "first_token_speedup", "speedup", "encoder_speedup", "picture_speedup", "tflops", "flops", "held",
-         "kv_mib", "top", "layers", "rows_left", "measured_at", "commit", "dirty", "note")  # fmt: skip
+SHOWN = ("prefill_s", "first_token_s", "first_token_speedup", "speedup", "encoder_speedup", "picture_speedup", "clip_speedup", "tflops",
+         "flops", "held", "kv_mib", "top", "layers", "rows_left", "measured_at", "commit", "dirty", "note")  # fmt: skip
 
 
 def averaged(parts: dict[str, dict[str, Any]], against: Sequence[dict[str, dict[str, Any]]]) -> dict[str, Any]:

@@ -123,11 +123,11 @@ def tower_flops(cfg: ViTConfig, drop: tuple[int, ...]) -> float:
     return total
 
 
-def turns(timers: dict[str, common.Timer], rounds: int) -> dict[str, Any]:
-    """Seconds and speed-up of two programs that take turns; of one alone, `mine`, where it is that of all rows."""
-    seconds = common.interleave(timers, rounds, "pictures")
+def turns(timers: dict[str, common.Timer], rounds: int, of: str = "picture") -> dict[str, Any]:
+    """Seconds and speed-up of two programs that take turns; of one alone, `mine`, where it is that of all rows. of: pictures or clips."""
+    seconds = common.interleave(timers, rounds, f"{of}s")
     mine, dense = seconds["mine"], seconds.get("dense", seconds["mine"])
-    return {"prefill_s": median(mine), "dense_prefill_s": median(dense), "picture_speedup": common.ratio(dense, mine)}
+    return {"prefill_s": median(mine), "dense_prefill_s": median(dense), f"{of}_speedup": common.ratio(dense, mine)}
 
 
 # -- a model of pictures

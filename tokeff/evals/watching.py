@@ -61,7 +61,7 @@ class Watching:
             "paired": [float(hit) for score in found.values() for hit in score.hits],
             "share": (mean - 1) / (seen - 1), "rows_left": round(mean), "setting": repr(way), "held": held,
             "flops": mean_rows.flops(None, cfg, text + round(mean)) / mean_rows.flops(None, cfg, text + seen),
-            "kv_mib": 2 * cfg.K * cfg.H * 4 * cfg.L * (text + mean) / 2**20, **seeing.turns(timers, self.rounds),
+            "kv_mib": 2 * cfg.K * cfg.H * 4 * cfg.L * (text + mean) / 2**20, **seeing.turns(timers, self.rounds, "clip"),
         }  # fmt: skip
 
     def way(self, method: str, share: float) -> Picked:

@@ -51,6 +51,7 @@ AXES = {
     "speedup": "prefill of all rows / the method's, seconds",
     "encoder_speedup": "encoder over all rows / the method's, seconds",
     "picture_speedup": "batch with all rows / the method's, seconds",
+    "clip_speedup": "batch with all rows / the method's, seconds",
     "context": "context, tokens",
 }
 PERCENT = ("held", "read", "top1_agree", "share")

@@ -196,7 +196,10 @@ COLUMNS = (
     Column("peak", "peak", percent, "peak: memory of the compiled program / bytes of a full cache"),
     Column("prefill_s", "prefill", significant, "prefill: seconds, after warm-up"),
     Column("first_token_s", "first token", significant, "first token: seconds until it can be drawn"),
-    Column("speedup", "speed-up", first_of("encoder_speedup", "picture_speedup"), "speed-up: seconds over all rows / these, in turns"),
+    Column(
+        "speedup", "speed-up", first_of("encoder_speedup", "picture_speedup", "clip_speedup"),
+        "speed-up: seconds over all rows / these, in turns",
+    ),
     Column("flops", "FLOPs", share, "FLOPs: of the prefill by arithmetic / those over all rows; what scores cost is left out"),
     Column("kv_mib", "KV MiB", significant, "KV MiB: keys and values held after the prompt"),
     Column("beats", "beats", flag, "beats: better than every baseline at its share, 95% interval of the differences of examples"),
