@@ -43,6 +43,8 @@ from tokeff.reduce.recycle import SparseVLM
 from tokeff.reduce.visual import Filmed, Picked
 
 FULL, BATCH = "Full", 25
+IN_PLACE = ", in place"
+"""Behind a method's name: rows that are left stay at their places, so the text stays as far from each. As published they move together."""
 VISUAL = tuple(m for m in picture_methods() if not isinstance(m.make(), Filmed))
 """Listed methods that a single picture can be given to."""
 PASSES = (
@@ -51,6 +53,13 @@ PASSES = (
     Family("SparseVLM", lambda layers, b: SparseVLM(layers, shrinking(b, layers)), (3 / 32, 7 / 32, 0.5), first=1),
     Family("DART", lambda layers, b: DART(layers, (b,)), (2,), first=1),
     Family("TransPrune", lambda layers, b: TransPrune(layers, shrinking(b, layers)), (7 / 32, 9 / 32, 12 / 32)),
+    Family("PyramidDrop" + IN_PLACE, lambda layers, b: PyramidDrop(layers, shrinking(b, layers), renumber=False), (0.25, 0.5, 0.75)),
+    Family(
+        "SparseVLM" + IN_PLACE, lambda layers, b: SparseVLM(layers, shrinking(b, layers), renumber=False), (3 / 32, 7 / 32, 0.5), first=1
+    ),
+    Family(
+        "TransPrune" + IN_PLACE, lambda layers, b: TransPrune(layers, shrinking(b, layers), renumber=False), (7 / 32, 9 / 32, 12 / 32)
+    ),
     Family(
         "MustDrop filter", lambda layers, b: DualFilter(layers, shrinking(b, layers), total=0.0, single=0.0),
         (2 / 32, 6 / 32, 10 / 32, 14 / 32),
@@ -58,9 +67,7 @@ PASSES = (
 )  # fmt: skip
 """Passes inside the decoder with a share as their knob. MustDrop's ranks by its sum of attention, without its thresholds. AIM's schedule
 takes eight layers and lets all rows go; skipping lets none go: neither has a share."""
-IN_PLACE = ", in place"
-"""Behind a method's name: rows that are left stay at their places, so the text stays as far from each. As published they move together."""
-STAY = tuple(name + IN_PLACE for name in ("FasterVLM", "DivPrune", "HiPrune", "RandomPatches", "PooledPatches"))
+STAY = tuple(name + IN_PLACE for name in ("FasterVLM", "HiPrune", "DivPrune", "CDPruner", "CATP", "RandomPatches", "PooledPatches"))
 METHODS = (*(m.name for m in VISUAL), *STAY, *(f.name for f in PASSES))
 BASELINES = tuple(name for m in VISUAL for name in (m.name, m.name + IN_PLACE) if m.family == "baseline" and name in METHODS)
 
