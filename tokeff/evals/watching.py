@@ -30,8 +30,8 @@ FULL, BATCH, TILE = "Full", 10, 16
 PATCHES = ("FasterVLM", "DivPrune", "RandomPatches", "PooledPatches")
 """Methods that take every frame by itself."""
 FILMS = tuple(m for m in picture_methods() if m.name in PATCHES or isinstance(m.make(), Filmed))
-METHODS = tuple(m.name for m in FILMS)
-BASELINES = tuple(m.name for m in FILMS if m.family == "baseline")
+METHODS = tuple(name for m in FILMS for name in (m.name, m.name + seeing.IN_PLACE))
+BASELINES = tuple(name for m in FILMS for name in (m.name, m.name + seeing.IN_PLACE) if m.family == "baseline")
 TASKS = ("order",)  # the small LLaVA never learnt which way a digit moves
 
 
@@ -46,13 +46,16 @@ class Watching:
 
     def figures(self, method: str, share: float) -> dict[str, Any]:
         """Answers to all tasks, seconds of a batch in turns with all rows, and what is counted of the decoder alone."""
-        v, cfg, way = self.v, self.v.text.cfg, None if method == FULL else self.way(method, share)
-        found = {task: score_llava(v, some, reduce=way, batch=BATCH) for task, some in self.given.items()}
+        name, kept = method.removesuffix(seeing.IN_PLACE), method.endswith(seeing.IN_PLACE)
+        v, cfg, way, positions = self.v, self.v.text.cfg, None, "kept" if kept else "renumbered"
+        if method != FULL:
+            way = self.way(name, share)
+        found = {task: score_llava(v, some, reduce=way, batch=BATCH, positions=positions) for task, some in self.given.items()}
         left, a = [n for score in found.values() for n in score.left], asked(v, next(iter(self.given.values())))
         text, seen, mean = int(a.answer_B.max()) - 1, rows_of(v, a.task, FRAMES, None), float(np.mean(left))
         held, most = (text + mean) / (text + seen), min(-(-max(left) // TILE) * TILE, seen)
         some = (x[:BATCH] for x in (a.crops_BTYXC, a.tokens_BS, a.length_B, a.answer_B))
-        run = partial(right, v.params, v.text.params, *some, cfg=v.cfg, text_cfg=cfg, task=a.task, marks=a.marks)
+        run = partial(right, v.params, v.text.params, *some, cfg=v.cfg, text_cfg=cfg, task=a.task, marks=a.marks, kept=kept)
         timers = {"mine": common.timed(partial(run, reduce=way, most=None if way is None else most))}
         if way is not None:
             timers |= {"dense": common.timed(partial(run, reduce=None))}
