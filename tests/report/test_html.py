@@ -57,7 +57,7 @@ def test_figures_without_data_are_left_out():
 
 
 def test_curves_go_through_budgets_from_the_best_method_on():
-    """Seven methods make two panels; a method at one budget has no line; the best stands first."""
+    """Seven methods make two panels; a method at one budget has no line, but the full cache's is a level; the best stands first."""
     rows = [
         {"method": f"m{i}", "family": "kv", "context": 64, "budget": b, "held": b, "kl": (i + 1) * (1 - b)}
         for i in range(7) for b in (0.25, 0.5)
@@ -68,6 +68,8 @@ def test_curves_go_through_budgets_from_the_best_method_on():
     assert drawing is not None
     named = [[text.get_text() for text in panel.get_legend().get_texts()] for panel in drawing.axes if panel.get_legend()]
     assert named == [[f"m{i}" for i in range(6)], ["m6"]]
+    whole = draw_curves([*rows, {**with_one[-1], "method": "Full", "held": 1.0}], figure, {}, ())
+    assert whole is not None and [t.get_text() for t in whole.axes[1].get_legend().get_texts()] == ["m6", "Full"]
     image = plots.draw(rows, figure)
     assert image is not None and image.png.startswith(b"\x89PNG") and image.wide
     assert plots.draw(with_one[-1:], figure) is None

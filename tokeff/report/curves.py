@@ -16,8 +16,9 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 MARKERS = "os^DvP"
 IN_A_PANEL = len(COLOURS)
 TICKS = (0.05, 0.1, 0.25, 0.5, 1.0)
-BEHIND = ("Random", "Recent")
-"""Baselines that every panel shows."""
+BEHIND = {"Random": "--", "Recent": ":", "RandomPatches": "--", "RandomPatches, in place": ":"}
+"""Baselines that every panel shows, and their dashes."""
+WHOLE = "Full"
 
 
 def draw_curves(rows: Sequence[dict[str, Any]], figure: Curves, names: dict[str, str], percent: Sequence[str]) -> Drawing | None:
@@ -27,6 +28,7 @@ def draw_curves(rows: Sequence[dict[str, Any]], figure: Curves, names: dict[str,
     rows = [row for row, length in zip(rows, lengths) if length == longest]
     lines = {name: line(rows, name, figure) for name in dict.fromkeys(row["method"] for row in rows)}
     lines = {name: xy for name, xy in lines.items() if len(xy[0]) > 1}
+    whole = line(rows, WHOLE, figure)[1]  # what all is compared with has no budgets: a level
     shown = sorted((name for name in lines if name not in BEHIND), key=lambda name: standing(lines[name], figure), reverse=figure.high)
     if not shown:
         return None
@@ -39,6 +41,9 @@ def draw_curves(rows: Sequence[dict[str, Any]], figure: Curves, names: dict[str,
         panel.set_axis_off()
     for panel, group in zip(panels, groups):
         draw_panel(panel, lines, group, figure)
+        if len(whole) == 1 and (whole[0] > 0 or not figure.log_y):
+            panel.axhline(whole[0], color="black", linewidth=0.8, zorder=2, label=WHOLE)
+        panel.legend(fontsize=7.5, loc="best", handlelength=1.6, labelspacing=0.25)
     for panel in panels[: len(groups)]:
         panel.set_xlabel(names.get(figure.x, figure.x), fontsize=8)
         if figure.x in percent:
@@ -65,7 +70,7 @@ def draw_panel(panel: Axes, lines: dict[str, tuple[np.ndarray, np.ndarray]], gro
     for name, (x, y) in lines.items():
         if name not in group and name not in BEHIND:
             panel.plot(x, y, "-", color="#dddddd", linewidth=0.7, zorder=1)
-    for name, dash in zip(BEHIND, ("--", ":")):
+    for name, dash in BEHIND.items():
         if name in lines:
             panel.plot(*lines[name], dash, color="#555555", linewidth=1.2, zorder=2, label=clean(name))
     for name, colour, marker in zip(group, COLOURS, MARKERS):
@@ -80,4 +85,3 @@ def draw_panel(panel: Axes, lines: dict[str, tuple[np.ndarray, np.ndarray]], gro
         panel.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         panel.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
         panel.yaxis.set_minor_formatter(NullFormatter())
-    panel.legend(fontsize=7.5, loc="best", handlelength=1.6, labelspacing=0.25)
