@@ -1,5 +1,6 @@
 """Token reduction at equal mean tokens a layer: all kinds are measured, stand on one page, and resume."""
 
+import json
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -246,3 +247,13 @@ def test_clips(pictured):
     assert watched.way("HoliTom", 0.33).budget == 0.33
     rest = (watched.alike <= watched.way("StillRuns", 0.33).tau).mean()
     assert (1 + 7 * rest) / 8 == pytest.approx(0.33, abs=0.02)
+
+
+def test_what_is_committed_is_of_the_full_suite():
+    """Every row stands as it would in a run of today: it would not be measured again."""
+    rows = [json.loads(line) for line in (CONFIG.parents[2] / "experiments" / "results" / "reduce" / "results.jsonl").open()]
+    whole = experiment.load(str(CONFIG), "full").experiment
+    assert {row["key"] for row in rows} <= set(whole.keys()) and all(map(whole.stands, rows))
+    lines = {(row["kind"], row["method"], row["target"]): row for row in whole.summary(rows)}
+    best, full = lines["pictures", "FasterVLM, in place", 0.33], lines["pictures", "Full", 1.0]
+    assert best["beats"] and full["accuracy"] - best["accuracy"] == pytest.approx(0.03)  # as README and docs/vision.md say
