@@ -84,7 +84,7 @@ def test_the_command_shows_all(capsys):
     assert list(rows) == [m.name for m in listing.every()]
     told = rows["FastV"]
     assert told["paper_settings"] == {"budget": 0.5, "layer": 2} and told["family"] == "pictures" and told["lossless"] is False
-    assert rows["HoliTom"]["config"] is None and rows["ToMe"]["config"] == "configs/leaderboard/reduce.py"
+    assert rows["IMA-skip"]["config"] is None and rows["HoliTom"]["config"] == "configs/leaderboard/reduce.py"
     assert cli.main(["methods"]) == 0
     said = capsys.readouterr().out
     assert "VisionZip" in said and "IMA-skip" in said
