@@ -243,7 +243,8 @@ def right(
     first = next(name for name, t in TASKS.items() if (t.pictures, t.side, t.video) == (looks.pictures, looks.side, looks.video))
     return _right(
         front, text, crops_BTYXC, tokens_BS, length_B, answer_B,
-        cfg=cfg, text_cfg=text_cfg, task=first, marks=marks, reduce=reduce, most=most, kept=kept,
+        cfg=cfg, text_cfg=text_cfg, task=first, marks=marks, reduce=reduce, most=most,
+        kept=kept and reduce is not None,  # where all rows are left both are the same, and share a program
     )  # fmt: skip
 
 

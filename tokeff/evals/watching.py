@@ -6,7 +6,6 @@ gone passed over; what is timed has them taken out, up to the most of any clip.
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -22,7 +21,7 @@ from tokeff.evals import mean_rows, seeing
 from tokeff.evals.vision import asked, normal, right, rows_of, score_llava
 from tokeff.models.llava_rows import Llava, frame, see
 from tokeff.reduce.listing import picture_methods
-from tokeff.reduce.video import DyCoke, like_next
+from tokeff.reduce.video import like_next
 from tokeff.reduce.visual import Filmed, Picked
 from tokeff.reduce.visual_baselines import RandomPatches
 
@@ -68,23 +67,14 @@ class Watching:
         }  # fmt: skip
 
     def way(self, method: str, share: float) -> Picked:
-        """The listed method with its default settings at the setting that leaves about this share of the rows, or at most it where the
-        settings are few. UserError where none does."""
-        make, cfg = next(m.make for m in FILMS if m.name == method), frame(self.v.cfg.tower)
-        knobs, listed = inspect.signature(make).parameters, make()
+        """The listed method with its default settings at a share. UserError where no setting leaves so few."""
         if method in PATCHES:
-            return seeing.at_share(method, cfg, share)
-        if "budget" in knobs:
-            return make(budget=share)
-        if "frames" in knobs:
-            few = [{"frames": n} for n in range(1, FRAMES + 1) if -(-FRAMES // n) <= share * FRAMES]
-        else:  # the others leave some frames as they are, and of the rest a share
-            whole = listed.whole(FRAMES) if isinstance(listed, DyCoke) else 1
-            rest = 1 - (1 - share) * FRAMES / (FRAMES - whole)
-            few = [{"drop": 1 - rest} if isinstance(listed, DyCoke) else {"tau": float(np.quantile(self.alike, rest))}] if rest > 0 else []
-        if not few:
+            return seeing.at_share(method, frame(self.v.cfg.tower), share)
+        listed = next(m.make() for m in FILMS if m.name == method)
+        found = listed.at_share(share, FRAMES, lambda: self.alike) if isinstance(listed, Filmed) else None
+        if found is None:
             raise UserError(f"{method} leaves more than {share:g} of the rows at any setting")
-        return make(**few[0])
+        return found
 
     @cached_property
     def alike(self) -> np.ndarray:

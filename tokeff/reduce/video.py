@@ -6,7 +6,8 @@ stands in the first of them. What depends on the video is a mask, so shapes are 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import jax
@@ -125,6 +126,9 @@ class HoliTom(Filmed):
         if self.longest < 1 or self.near < 1 or not 0 <= self.beta <= 1:
             raise UserError(f"longest={self.longest}, near={self.near}, beta={self.beta} merge nothing; give 1 or more, beta from 0 to 1")
 
+    def at_share(self, share: float, F: int, alike: Callable[[], np.ndarray]) -> Filmed | None:
+        return replace(self, budget=share)
+
     def taps(self, cfg: ViTConfig) -> Taps:
         return Taps(received=(cfg.layer(self.layer),))
 
@@ -168,9 +172,10 @@ class DyCoke(Filmed):
         earlier[thirds] = thirds - 2
         return earlier
 
-    def whole(self, F: int) -> int:
-        """How many of F frames keep all their rows."""
-        return int((self.earlier(F) == np.arange(F)).sum())
+    def at_share(self, share: float, F: int, alike: Callable[[], np.ndarray]) -> Filmed | None:
+        whole = int((self.earlier(F) == np.arange(F)).sum())
+        rest = 1 - (1 - share) * F / (F - whole)
+        return replace(self, drop=1 - rest) if rest > 0 else None
 
     def reduce(self, x_BSD: jax.Array, seen: Seen, cfg: ViTConfig) -> Reduced:
         x, F, P = patches(x_BSD, cfg), len(x_BSD), cfg.patches
@@ -208,6 +213,9 @@ class FastVID(Filmed):
             raise UserError(f"budget {self.budget} of {cfg.patches} rows is less than one a frame; give more")
         if not (0 <= self.context <= 1 and 0 <= self.beta <= 1) or min(self.segments, self.every) < 1:
             raise UserError(f"{self} has no shares or no segments; give context and beta from 0 to 1, segments and every from 1")
+
+    def at_share(self, share: float, F: int, alike: Callable[[], np.ndarray]) -> Filmed | None:
+        return replace(self, budget=share)
 
     def taps(self, cfg: ViTConfig) -> Taps:
         return Taps(received=(cfg.layer(self.layer),))
@@ -257,6 +265,10 @@ class StillRuns(Filmed):
 
     tau: float = 0.9
 
+    def at_share(self, share: float, F: int, alike: Callable[[], np.ndarray]) -> Filmed | None:
+        rest = 1 - (1 - share) * F / (F - 1)  # rows behind the first frame that begin a run
+        return replace(self, tau=float(np.quantile(alike(), rest))) if rest > 0 else None
+
     def reduce(self, x_BSD: jax.Array, seen: Seen, cfg: ViTConfig) -> Reduced:
         x, F, P = patches(x_BSD, cfg), len(x_BSD), cfg.patches
         starts = jnp.concatenate([jnp.ones((1, P), bool), ~(like_next(x) > self.tau)])
@@ -275,6 +287,10 @@ class FramePairs(Filmed):
     """
 
     frames: int = 2
+
+    def at_share(self, share: float, F: int, alike: Callable[[], np.ndarray]) -> Filmed | None:
+        few = [n for n in range(1, F + 1) if -(-F // n) <= share * F]
+        return replace(self, frames=few[0]) if few else None
 
     def check(self, cfg: ViTConfig) -> None:
         if self.frames < 1:

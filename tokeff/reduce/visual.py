@@ -12,11 +12,13 @@ frame as a picture of its own. Four kinds look further: at the tower's layers wh
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from tokeff.errors import UserError
@@ -100,6 +102,11 @@ class Filmed(Picked):
     def rows(self, cfg: ViTConfig) -> int:
         """The most that can be left of a frame."""
         return cfg.patches
+
+    def at_share(self, share: float, F: int, alike: Callable[[], np.ndarray]) -> Filmed | None:
+        """It at the setting that leaves about this share of the rows of F frames, or at most it where the settings are few; None where none
+        does. alike: cosines of rows with those of the next frame, of clips to go by."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
