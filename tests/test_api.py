@@ -16,7 +16,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
 import tokeff
-from tokeff.context import Compressed, from_json, to_json
+from tokeff.context import Compressed
 from tokeff.errors import UserError
 from tokeff.models.config import Precision
 from tokeff.models.load import Model
@@ -299,16 +299,3 @@ def test_damaged_context(name, tmp_path):
     with pytest.raises(UserError) as e:
         Compressed.load(model(), tmp_path / "c")
     assert "\n" not in str(e.value)
-
-
-@pytest.mark.parametrize("method", [m for m in tokeff.methods() if m.bare], ids=lambda method: method.name)
-def test_every_method_saves_and_loads(method, tmp_path):
-    """The choices come back equal from JSON, and the arrays to the bit."""
-    part = {method.part: method.make(**tiny.settings(method))}
-    context = tokeff.compress(model(), text(64), **part, room=8)
-    context.save(tmp_path / "c")
-    again = Compressed.load(model(), tmp_path / "c")
-    assert again.setup == context.setup and again.tokens == context.tokens and again.next == context.next
-    assert from_json(json.loads(json.dumps(to_json(method.make())))) == method.make()
-    for mine, theirs in zip(jax.tree.leaves(context.layers), jax.tree.leaves(again.layers), strict=True):
-        np.testing.assert_array_equal(mine, theirs)

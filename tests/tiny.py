@@ -25,7 +25,7 @@ CFG = Config("tiny", V=61, D=32, F=48, L=3, N=4, K=2, H=8, max_len=256, tied=Fal
 FULL, PLAIN = Full(), Plain()
 LENGTHS = (64, 51)
 NEW = 20
-ROOM = Room(6)  # for given tokens, decoded one at a time
+ROOM = Room(NEW)  # one program packs for given tokens and for a text
 TREE = ((0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0))
 SETTINGS = {
     "budget": 0.5, "window": 6, "sinks": 4, "layer": 1, "dense": (0,), "select": (1,), "recent": 8, "page": 4,

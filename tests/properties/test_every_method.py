@@ -1,6 +1,7 @@
 """What must hold for every listed method: identity, budget, protection, batch = single, chunked = one-shot, activity, one compile."""
 
 import inspect
+import json
 
 import jax
 import numpy as np
@@ -9,12 +10,16 @@ import runs
 import tiny
 from runs import listed, method, part, steps
 
+from tokeff.context import Compressed, from_json, to_json
 from tokeff.errors import UserError
 from tokeff.evals.cost import dense_bytes
+from tokeff.generation import Setup
 from tokeff.kv.budget import most_rows
+from tokeff.kv.extend import pack
 from tokeff.kv.policy import tree_bytes
 from tokeff.kv.shadow import ShadowKV
 from tokeff.models.flow import Here
+from tokeff.models.load import fingerprint
 
 pytestmark = pytest.mark.core
 ATOL = 5e-4  # two float32 passes of other shapes, logits up to 12
@@ -93,7 +98,7 @@ def test_bytes_held_are_the_budget_and_what_is_stated(name):
     orders, statistics and tables."""
     policy, packed = part(name)["kv"], steps(name).packed
     share = most_rows(tiny.settings(method(name))["budget"], tiny.LENGTHS[0])
-    rows = share + (runs.STEPS if policy.vacancy(packed[0]) is None else 0) + getattr(policy, "page", 0) + 7
+    rows = share + (tiny.NEW if policy.vacancy(packed[0]) is None else 0) + getattr(policy, "page", 0) + 7
     stated = dense_bytes(tiny.CFG, rows, "float32") * len(tiny.LENGTHS)
     kv = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(packed) if x.shape[-1] == tiny.CFG.H and x.ndim == 4)
     assert kv <= stated
@@ -156,6 +161,23 @@ def test_equal_settings_compile_once(name):
     programs = runs.programs()
     assert tiny.text(runs.generate(**args)) == before
     assert runs.programs() == programs
+
+
+@pytest.mark.parametrize("name", listed())
+def test_every_method_saves_and_loads(name, tmp_path):
+    """The choices come back equal from JSON, and the arrays to the bit."""
+    m, setup, p = runs.model(), Setup(**part(name)), runs.prompt_of(name, "small", "single")
+    layers = steps(name if method(name).part != "decode" else "Full", form="single").packed
+    if setup.decode.nodes > 1:
+        layers = pack(setup.kv, tiny.only(setup.kv, p).layers, setup.room(tiny.NEW), tiny.CFG)
+    rows = tuple((layer.order_BKS.shape[2], layer.whole or 0) for layer in p.layers)
+    context = Compressed(setup, layers, tiny.prompts()[1], int(p.next_B[0]), p.logits_BV, tiny.NEW, rows, fingerprint(m))
+    context.save(tmp_path / "c")
+    again = Compressed.load(m, tmp_path / "c")
+    assert again.setup == context.setup and again.tokens == context.tokens and again.next == context.next
+    assert from_json(json.loads(json.dumps(to_json(method(name).make())))) == method(name).make()
+    for mine, theirs in zip(jax.tree.leaves(context.layers), jax.tree.leaves(again.layers), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
 
 
 @pytest.mark.parametrize("name", listed())

@@ -61,13 +61,13 @@ def test_every_method(name):
     assert not drafts or int(sharded.unsharded(8, name)[1].passes_B.min()) < sharded.NEW - 1
 
 
-@pytest.mark.xdist_group(CROSSING)
+@pytest.mark.xdist_group(f"sharded {CROSSING}")
 @pytest.mark.parametrize(("K", "data", "model"), MESHES)
 def test_every_mesh(K, data, model):
     check_equal(K, CROSSING, sharded.placed(K, data, model))
 
 
-@pytest.mark.xdist_group(EVICTING)
+@pytest.mark.xdist_group(f"sharded {EVICTING}")
 @pytest.mark.parametrize(("K", "data", "model"), MESHES[::3])
 def test_eviction_on_other_meshes(K, data, model):
     check_equal(K, EVICTING, sharded.placed(K, data, model))
