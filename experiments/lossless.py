@@ -34,6 +34,7 @@ import tokeff
 from tokeff.compat import forget_programs
 from tokeff.data.sources import PROMPT_KINDS, Prompt, prompts
 from tokeff.decode.draft import Drafter
+from tokeff.decode.draft_model import OwnModel
 from tokeff.errors import UserError
 from tokeff.evals.comparison import compile_cache
 from tokeff.evals.continuations import Continuation, ids, read
@@ -41,7 +42,7 @@ from tokeff.evals.drafting import Drafting, entries
 from tokeff.evals.ties import CUT_SHARE, MARGIN, cut_of, margins
 from tokeff.generation import Setup
 from tokeff.listing import methods
-from tokeff.models.load import Model
+from tokeff.models.load import Model, fingerprint
 from tokeff.report.environment import cpu_model
 
 RESULTS = Path(__file__).parent / "results"
@@ -56,17 +57,18 @@ def drafters(model: str, draft: str | None = None, setting: str = "scaled", only
     return {row.method: row.decode for row in Drafting("lossless", entries(listed, setting), model, draft).settled().rows}
 
 
-def digest(drafter: Drafter) -> str:
-    """Tells settings apart."""
-    return hashlib.sha256(repr(drafter).encode()).hexdigest()[:12]
+def digest(drafter: Drafter, weights: str) -> str:
+    """Tells settings apart, and of drafters that run a draft model its weights."""
+    said = repr(drafter) + (weights if isinstance(drafter, OwnModel) else "")
+    return hashlib.sha256(said.encode()).hexdigest()[:12]
 
 
-def missing(row: dict[str, Any], wanted: dict[str, Drafter]) -> dict[str, Drafter]:
+def missing(row: dict[str, Any], wanted: dict[str, Drafter], weights: str = "") -> dict[str, Drafter]:
     """The drafters that a row does not have yet, or has under other settings."""
-    return {name: d for name, d in wanted.items() if row.get(name, {}).get("settings") != digest(d)}
+    return {name: d for name, d in wanted.items() if row.get(name, {}).get("settings") != digest(d, weights)}
 
 
-def measure(m: Model, prompt: Prompt, wanted: dict[str, Drafter], new: int = 32, runs: int = 1) -> dict[str, Any]:
+def measure(m: Model, prompt: Prompt, wanted: dict[str, Drafter], new: int = 32, runs: int = 1, weights: str = "") -> dict[str, Any]:
     """One prompt under plain decoding and these drafters: passes, tokens, seconds of each run, cuts. Decoders take turns."""
     tokens = ids(m, prompt)
     prefilled = read(m, [tokens])
@@ -85,7 +87,7 @@ def measure(m: Model, prompt: Prompt, wanted: dict[str, Drafter], new: int = 32,
         cut = cut_of(run.texts[0], true[0], margin)
         row[name] = {"passes": run.passes[0], "tokens": len(run.texts[0]), "seconds": seconds[name], "plain_seconds": seconds["plain"]}
         row[name] |= {"cut": None if cut is None else vars(cut), "same_again": run.steady}
-        row[name] |= {"settings": digest(wanted[name])} if name in wanted else {}
+        row[name] |= {"settings": digest(wanted[name], weights)} if name in wanted else {}
     return row
 
 
@@ -132,9 +134,11 @@ def summary(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, A
 def resumed(path: Path, facts: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Rows by prompt that an interrupted run with the same facts left, the newest of each; a half-written last line is dropped."""
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    if not lines or json.loads(lines[0]) != facts:
+    if not lines:
         path.write_text(json.dumps(facts) + "\n")
         return {}
+    if other := [name for name, value in json.loads(lines[0]).items() if facts.get(name) != value]:
+        raise UserError(f"{path} holds rows of another {', '.join(other)}; write to another file with --out, or remove this one")
     path.write_bytes(b"".join(line + b"\n" for line in lines))
     return {row["prompt"]: row for row in map(json.loads, lines[1:])}
 
@@ -173,20 +177,22 @@ def options() -> argparse.Namespace:
     return p.parse_args()
 
 
-def measured(m: Model, known: argparse.Namespace, wanted: Sequence[dict[str, Drafter]], facts: dict[str, Any]) -> list[dict[str, Any]]:
+def measured(
+    m: Model, known: argparse.Namespace, wanted: Sequence[dict[str, Drafter]], facts: dict[str, Any], weights: str
+) -> list[dict[str, Any]]:
     """A row a prompt, under scaled and the first few of a kind under the papers' settings; what the file has is not measured again."""
     file = known.out.with_suffix(".jsonl")
     rows, warm = resumed(file, facts), set()
     chosen = [(f"{kind} {i}", i, p) for kind in PROMPT_KINDS for i, p in enumerate(prompts(kind)[: known.limit])]
     for key, i, prompt in tqdm(chosen, desc="prompts", disable=None):
-        if not (new := missing(rows.get(key, {}), wanted[0] | wanted[1] if i < known.papers else wanted[0])):
+        if not (new := missing(rows.get(key, {}), wanted[0] | wanted[1] if i < known.papers else wanted[0], weights)):
             continue
         if forget_programs():
             warm.clear()
         if cold := {name: d for name, d in new.items() if name not in warm}:
-            measure(m, prompt, cold, known.new)  # compiles
+            measure(m, prompt, cold, known.new, weights=weights)  # compiles
             warm |= set(cold)
-        rows[key] = rows.get(key, {}) | measure(m, prompt, new, known.new, known.runs) | {"prompt": key}
+        rows[key] = rows.get(key, {}) | measure(m, prompt, new, known.new, known.runs, weights) | {"prompt": key}
         with file.open("a") as lines:
             lines.write(json.dumps(rows[key]) + "\n")
     return [rows[key] for key, _, _ in chosen]
@@ -195,15 +201,19 @@ def measured(m: Model, known: argparse.Namespace, wanted: Sequence[dict[str, Dra
 def main() -> int:
     """Measure what is missing, write the summary, and return 1 if anything is not lossless."""
     known = options()
-    scaled, paper = wanted = [drafters(known.model, known.draft, setting, known.only) for setting in ("scaled", "paper")]
+    if known.limit and known.out == RESULTS / "lossless.json":
+        raise UserError("--limit proves a part; write to a file of its own with --out")
+    wanted = [drafters(known.model, known.draft, setting, known.only) for setting in ("scaled", "paper")]
+    every = [drafters(known.model, known.draft, setting) for setting in ("scaled", "paper")]
     hardware = {"cpu": cpu_model(), "cores": len(os.sched_getaffinity(0)), "device": jax.devices()[0].device_kind}
-    facts = {"model": known.model, "draft": known.draft, "new": known.new, "runs": known.runs, "jax": jax.__version__, **hardware}
+    facts = {"model": known.model, "new": known.new, "runs": known.runs, "jax": jax.__version__, **hardware}
     known.out.parent.mkdir(parents=True, exist_ok=True)
     compile_cache()
     m = tokeff.load(known.model)
-    m = m if known.draft is None else m.attach(draft=tokeff.load(known.draft).params)
-    rows = measured(m, known, wanted, facts)
-    found = summary(rows, [name for name in scaled | paper if any(name in row for row in rows)])
+    d = None if known.draft is None else tokeff.load(known.draft)
+    weights = "" if d is None else fingerprint(d)
+    rows = measured(m if d is None else m.attach(draft=d.params), known, wanted, facts, weights)
+    found = summary(rows, [name for name in every[0] | every[1] if any(name in row for row in rows)])
     write(known.out, {"command": " ".join(["python", *sys.argv]), **facts, "prompts": len(rows), **found, "rows": rows})
     print(table(found))
     return 0 if all(v["passed"] for v in found["drafters"].values()) else 1

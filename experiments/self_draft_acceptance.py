@@ -10,9 +10,9 @@ Greedy, batch 1, 48 tokens behind each prompt. `mat`: tokens a pass of the model
 follow each other in a pass. `right`: the share of them that a pass accepts, leaves in their place included. `share`: of the weights that
 a pass and its drafting read, those that drafting reads; every draft row reads its layers once more, and the head. `gain`: mat by what a
 pass reads in all, in plain passes: the speed, plain decoding = 1, where reading weights is all that takes time. `same`: how many texts are
-those of plain decoding. No figure is a time. SWIFT's given halves are found by `find_skips` on the first chat prompt and its answer. Its
-own search goes by the last 16 tokens; every choice tried counts as one more row that drafting reads for, half of whose halves are of each
-kind, and `worth` is what the best was worth in the end. Writes experiments/results/self_draft_acceptance.json.
+those of plain decoding. No figure is a time. SWIFT's given halves are found by `find_skips` on a chat prompt that is not measured, and its
+answer. Its own search goes by the last 16 tokens; every choice tried counts as one more row that drafting reads for, half of whose halves
+are of each kind, and `worth` is what the best was worth in the end. Writes experiments/results/self_draft_acceptance.json.
 """
 
 from __future__ import annotations
@@ -78,7 +78,8 @@ def read_by(drafter: Drafter, cfg, below: int, n: int) -> tuple[float, float]:
     """(weights that drafting reads in a pass of n drafts, those that the pass reads)."""
     attention, ffn, head = weights(cfg)
     rows = 1 + (n if below else min(n, drafter.depth - 1))  # where every layer runs again the last draft is only named
-    return rows * row_of(drafter, cfg, below) + max(n, 1) * head, (cfg.L - below) * (attention + ffn) + head
+    heads = min(n + 1, drafter.depth) if not below else n + isinstance(drafter, DynamicExit)  # a chain that stops has asked once more
+    return rows * row_of(drafter, cfg, below) + heads * head, (cfg.L - below) * (attention + ffn) + head
 
 
 def decoded(m: Model, prompt: Prompt, drafter: Drafter) -> tuple[list[int], list[tuple[int, int, int]], Any]:
@@ -109,7 +110,7 @@ def drafters(m: Model, only: str) -> dict[str, Drafter]:
     found: dict[str, Drafter] = {"early exit": early_exit(), "DEL": dynamic_exit(), "SWIFT, searching": swift(tail=TAIL)}
     name = "SWIFT, given"
     if only.lower() in name.lower():
-        asked = ids(m, of_class("chat")[0])
+        asked = ids(m, of_class("chat")[PROMPTS])  # none of those it is measured on
         text, _, _ = decoded(m, read(m, [asked]), plain())
         found[name] = swift(*find_skips(m, [*asked, *text], tail=min(TAIL * 2, len(text) - 1), tries=TRIES))
     return {name: drafter for name, drafter in found.items() if only.lower() in name.lower()}
@@ -138,7 +139,10 @@ def main() -> None:
     m = tokeff.load(known.model)
     about = {"environment": describe([]) | {"command": "python experiments/self_draft_acceptance.py"}}
     about |= {"model": known.model, "prompts": PROMPTS, "new": NEW, "tries": TRIES, "tail": TAIL}
-    rows: list[dict[str, Any]] = json.loads(known.out.read_text())["rows"] if known.only and known.out.exists() else []
+    before = json.loads(known.out.read_text()) if known.only and known.out.exists() else {"rows": []}
+    if before["rows"] and any(before[name] != value for name, value in about.items() if name != "environment"):
+        raise SystemExit(f"{known.out} is of another model or other settings; write to another file with --out, or leave out --only")
+    rows: list[dict[str, Any]] = before["rows"]
     prompts = {kind: [read(m, [ids(m, prompt)]) for prompt in of_class(kind)[:PROMPTS]] for kind in CLASSES}
     true = {kind: [decoded(m, prompt, plain())[0] for prompt in some] for kind, some in prompts.items()}
     for name, drafter in tqdm(drafters(m, known.only).items(), disable=None):

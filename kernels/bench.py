@@ -1,10 +1,11 @@
 """How long the ops take, next to plain attention and to the bytes they must move and the operations they must do.
 
 A case is timed as a small model runs it: `layers` calls in one compiled program, each on arrays of its own and each waiting for the one
-before. Before every timing more memory is read than the last cache of the processor holds, so that all of them start cold: a model's
-weights pass through that cache between two reads of a layer's rows.
+before; on an accelerator so many that starting the program does not count. Before every timing more memory is read than the last cache of
+the processor holds, so that all of them start cold: a model's weights pass through that cache between two reads of a layer's rows.
 """
 
+import contextlib
 import time
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 
 from tokeff.kernels import cases as kernel_cases
 from tokeff.kernels import plain
+from tokeff.kernels.attend import exact
 from tokeff.kernels.bipartite_match import bipartite_match
 from tokeff.kernels.bipartite_match import cases as bipartite_match_cases
 from tokeff.kernels.block_sparse_prefill import block_sparse_prefill
@@ -46,6 +48,8 @@ from tokeff.kernels.tree_attention import tree_attention
 BYTES = 64 * 2**20  # of arrays that one timing goes through, where 1 to 8 layers allow
 CACHE_BYTES = 128 * 2**20  # taken for the last cache where the system does not tell: more than accelerators have
 MOST_CACHE = 512 * 2**20  # so that what is read to empty a cache leaves room for the arrays
+LONG, MOST_LAYERS, MOST_BYTES = 8 * 2**30, 64, 32 * 2**30  # of a program elsewhere: bytes it reads, calls, and bytes of all its arrays
+TIMES = 100  # that memory is gone through in one program where its bandwidth is measured
 SIDE = {"cpu": 1024, "other": 8192}  # of the square matrices whose product measures operations a second
 
 
@@ -61,9 +65,9 @@ def bench(op, cases=None, implementation=None, repeats=9):
     Returns:
       One dict a case: op, case, implementation, device, ms and dense_ms a call (plain attention over the whole cache; what
       else it is, `OPS` says), floor_ms (bytes it must move, by the measured bandwidth, or operations it must do, by those of
-      a large matrix product, whichever takes longer), gb_per_s (the same bytes, by ms), gflop_per_s (the operations, by ms;
-      None for an op that bytes alone bound), of_floor (floor_ms / ms), speedup (dense_ms / ms), and where the case selects rows
-      whole_ms, this op over all of them, and of_whole (whole_ms / ms). None for a plain way that does not fit the device's memory.
+      a large matrix product, whichever takes longer), gb_per_s (the same bytes, by ms), gflop_per_s (the operations, by ms),
+      of_floor (floor_ms / ms), speedup (dense_ms / ms), and where the case selects rows whole_ms, this op over all of them,
+      and of_whole (whole_ms / ms). None for a plain way that does not fit the device's memory.
 
     Raises:
       ValueError: unknown op, or an implementation that does not support a case.
@@ -92,43 +96,58 @@ def emptied_cache():
 
 def bandwidth(repeats=9):
     """Return the bytes a second that the default device reads, or reads and writes in place, whichever is more, at best."""
-    x = jnp.zeros(beyond_cache() // 4, jnp.float32)
-    read, bump = jax.jit(jnp.sum), jax.jit(lambda x: x + 1, donate_argnums=0)
+    x, times = jnp.zeros(beyond_cache() // 4, jnp.float32), 1 if jax.default_backend() == "cpu" else TIMES
+    read = jax.jit(lambda x: jax.lax.fori_loop(0, times, lambda _, total: jnp.sum(x + total), 0.0))  # each waits for the one before
+    bump = jax.jit(lambda x: jax.lax.fori_loop(0, times, lambda _, x: x + 1, x), donate_argnums=0)
     seconds = {"read": [], "both": []}
     for _ in range(repeats + 1):  # the first round compiles
         seconds["read"].append(_seconds(read, x)[0])
         took, x = _seconds(bump, x)
         seconds["both"].append(took)
-    return max(n * x.nbytes / min(seconds[k][1:]) for k, n in (("read", 1), ("both", 2)))
+    return max(n * times * x.nbytes / min(seconds[k][1:]) for k, n in (("read", 1), ("both", 2)))
 
 
 def arithmetic(dtype, repeats=9):
-    """Return the floating-point operations a second of a large matrix product on the default device, of the best of `repeats`."""
+    """Return the floating-point operations a second of a large matrix product on the default device, of the best of `repeats`; float32 is
+    multiplied as such, as the ops do."""
     side = SIDE.get(jax.default_backend(), SIDE["other"])
-    x, product = jnp.ones((side, side), dtype), jax.jit(jnp.matmul)
+    x, product = jnp.ones((side, side), dtype), jax.jit(partial(jnp.matmul, precision=exact(jnp.ones((), dtype))))
     seconds = [_seconds(product, x, x)[0] for _ in range(repeats + 1)]
     return 2 * side**3 / min(seconds[1:])
 
 
 def _row(op, case, implementation, device, empty, repeats):
     module, this, plain_way, chain = OPS[op]
-    layers = max(1, min(8, BYTES // module.floor_bytes(case)))
     arrays = getattr(module, "arrays", kernel_cases.arrays)
-    inputs = [arrays(case, seed) for seed in range(layers)]
+    inputs = [arrays(case)]
+    layers = _layers(module.floor_bytes(case), sum(x.nbytes for x in jax.tree.leaves(inputs)))
+    inputs += [arrays(case, seed) for seed in range(1, layers)]
     this = partial(this, **module.options(case), implementation=implementation)
     programs = {"ms": this, "dense_ms": partial(plain_way, **case.options)}
     if (selects := getattr(module, "SELECTS", None)) and case.M:
         programs["whole_ms"] = partial(_without, this, selects)
-    timers = {name: _timer(module, f, chain, inputs) for name, f in programs.items()}
-    ms: dict[str, Any] = {"whole_ms": None} | {name: s and s / layers * 1e3 for name, s in _medians(timers, empty, repeats).items()}
-    flops = module.flops(case) if hasattr(module, "flops") else None
+    given = {name: inputs for name in programs} | {"dense_ms": [getattr(module, "copied", dict)(a) for a in inputs]}
+    timers = {name: _timer(module, f, chain, given[name]) for name, f in programs.items()}
+    # XLA's products of float32 are whole only where asked; the op asks by itself.
+    with jax.default_matmul_precision("highest") if case.dtype == "float32" else contextlib.nullcontext():
+        taken = _medians(timers, empty, repeats)
+    ms: dict[str, Any] = {"whole_ms": None} | {name: s and s / layers * 1e3 for name, s in taken.items()}
+    flops = module.flops(case)
     floor_ms = module.floor_bytes(case) / bandwidth(repeats) * 1e3  # right after the case: rates move from minute to minute
-    floor_ms = floor_ms if flops is None else max(floor_ms, flops / arithmetic(case.dtype, repeats) * 1e3)
+    floor_ms = max(floor_ms, flops / arithmetic(case.dtype, repeats) * 1e3)
     facts = {"op": op, "case": case.name, "implementation": implementation or "auto", "device": device.device_kind}
     speed = {"floor_ms": floor_ms, "gb_per_s": module.floor_bytes(case) / ms["ms"] / 1e6}
-    speed["gflop_per_s"] = None if flops is None else flops / ms["ms"] / 1e6
+    speed["gflop_per_s"] = flops / ms["ms"] / 1e6
     ratios = {"speedup": ms["dense_ms"] and ms["dense_ms"] / ms["ms"], "of_whole": ms["whole_ms"] and ms["whole_ms"] / ms["ms"]}
     return facts | ms | speed | {"of_floor": floor_ms / ms["ms"]} | ratios
+
+
+def _layers(floor_bytes, nbytes):
+    """Return how many calls one program makes: of a few megabytes in all on a CPU; elsewhere as many as take milliseconds, since starting a
+    program takes tens of microseconds there, and fit the memory."""
+    if jax.default_backend() == "cpu":
+        return max(1, min(8, BYTES // floor_bytes))
+    return max(1, min(MOST_LAYERS, LONG // floor_bytes, MOST_BYTES // nbytes))
 
 
 def _medians(timers, empty, repeats):

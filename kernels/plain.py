@@ -64,7 +64,7 @@ def lowrank_scores(q_BTNH, low_BSY, basis_BYKH, angle_BS, page_BKTM, freq_h, *, 
 
 
 def shared_prefix(q_BTNH, k_JKCH, v_JKCH, order_JKC, lo_BT, hi_BT, *, scale, softcap):
-    """Textbook attention of each sequence to a copy of its group's rows."""
+    """Textbook attention of each sequence to a copy of its group's rows, which the benchmark brings: whoever decodes so has them."""
     k, v, order = (jnp.repeat(x, q_BTNH.shape[0] // x.shape[0], axis=0) for x in (k_JKCH, v_JKCH, order_JKC))
     return attention(q_BTNH, k, v, order, lo_BT, hi_BT, scale=scale, softcap=softcap)
 

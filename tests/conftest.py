@@ -43,7 +43,7 @@ for name, value in {
     os.environ.setdefault(name, value)
 
 DONE = itertools.count()
-MARKERS = ("core", "interp", "aot", "peers", "slow")
+MARKERS = ("core", "interp", "aot", "peers", "slow", "proof")
 
 
 def pytest_collection_finish(session):
@@ -65,7 +65,7 @@ def pytest_runtest_teardown(item):
     if "jax" in sys.modules and next(DONE) % 8 == 0:
         from tokeff.compat import forget_programs
 
-        forget_programs(20_000)
+        forget_programs(40_000)
 
 
 def pytest_terminal_summary(terminalreporter):

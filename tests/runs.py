@@ -33,19 +33,38 @@ STEPS = 6
 UNDER_ALL = "PromptDistill"  # the pass over which every policy stands
 METHODS = tuple(m for m in LISTED if m.bare)  # drafters that run another model have tests of their own
 GIVEN = np.random.default_rng(2).integers(0, tiny.CFG.V, (len(tiny.LENGTHS), STEPS))
-CHUNK = PIECE = 24  # of a prompt read in chunks, or in bounded memory; the short prompt's last rows cross a border
+CHUNK = PIECE = 48  # of a prompt read in chunks, or in bounded memory; the short prompt's last rows cross the border
 
 
 def listed(*kinds: str, where=lambda method: True) -> list:
-    """Test parameters: the names of the listed methods of these parts, grouped so that one worker runs all tests of a method."""
+    """Test parameters: the names of the listed methods of these parts, grouped so that one worker runs all tests of a method, and of those
+    that share its programs."""
     chosen = [m for m in METHODS if (m.part in kinds or not kinds) and where(m)]
-    return [pytest.param(m.name, marks=pytest.mark.xdist_group(m.name)) for m in chosen]
+    return [pytest.param(m.name, marks=together(m.name)) for m in chosen]
 
 
-def ways_of_going_on(kind: str = "small") -> list:
-    """`listed` policies, one for each way of decoding: those that differ in what they keep of the prompt alone go on alike."""
-    first = {part(m.name, kind)["kv"].onward(): m.name for m in reversed(METHODS) if m.part == "kv"}
-    return listed("kv", where=lambda m: m.name in first.values())
+def together(name: str):
+    """The mark of the tests of a method: one worker runs them, and those of the policies that go on from a prompt alike."""
+    return pytest.mark.xdist_group(going_on().get(name, name))
+
+
+@cache
+def going_on() -> dict[str, str]:
+    """Of each policy the first one listed that decodes by the same program: those differ in what they keep of the prompt alone."""
+    ways = {m.name: part(m.name)["kv"].onward() for m in METHODS if m.part == "kv"}
+    return {name: next(other for other, theirs in ways.items() if theirs == way) for name, way in ways.items()}
+
+
+@cache
+def attending() -> frozenset[str]:
+    """The first listed policy of each that attends by code of its own."""
+    codes = {m.name: type(part(m.name)["kv"].onward()).attend for m in METHODS if m.part == "kv"}
+    return frozenset(next(other for other, theirs in codes.items() if theirs == code) for code in codes.values())
+
+
+def ways_of_going_on() -> list:
+    """`listed` policies, one for each way of decoding."""
+    return listed("kv", where=lambda m: going_on()[m.name] == m.name)
 
 
 def method(name: str):

@@ -80,13 +80,15 @@ def test_an_interrupted_run_goes_on(tmp_path):
         file.write("".join(json.dumps(row) + "\n" for row in rows) + '{"prompt": "co')
     assert lossless.resumed(path, facts) == {"prose 0": rows[2], "code 0": rows[1]}
     assert path.read_text().endswith("}\n")
-    assert lossless.resumed(path, {"new": 16}) == {}
+    with pytest.raises(UserError, match="another new; write to another file"):
+        lossless.resumed(path, {"new": 16})
+    assert lossless.resumed(path, facts)
 
 
 @pytest.mark.core
 def test_a_drafter_that_came_later_or_changed_is_measured_alone():
     old, new = prompt_lookup(), prompt_lookup(4)
-    row = {"PromptLookup": {"settings": lossless.digest(old)}}
+    row = {"PromptLookup": {"settings": lossless.digest(old, "")}}
     assert lossless.missing(row, {"PromptLookup": old}) == {}
     assert lossless.missing(row, {"PromptLookup": new, "Other": old}) == {"PromptLookup": new, "Other": old}
 

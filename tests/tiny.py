@@ -9,6 +9,7 @@ from functools import cache
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from tokeff.decode.draft import Plain
 from tokeff.decode.lookup import PromptLookup
@@ -121,6 +122,16 @@ def prompts() -> tuple[tuple[int, ...], ...]:
             row[t] = successor[row[t - 1]] if rng.random() < 0.5 else row[t]
         rows.append(tuple(row.tolist()))
     return tuple(rows)
+
+
+def sampled(params, daily) -> list:
+    """Parameters of which those named in `daily` run with every test, and the others in `make proofs`."""
+
+    def marked(param):
+        values, marks, name = getattr(param, "values", (param,)), getattr(param, "marks", ()), getattr(param, "id", None)
+        return pytest.param(*values, id=name, marks=marks if values[0] in daily else (*marks, pytest.mark.proof))
+
+    return [marked(param) for param in params]
 
 
 def padded(rows, T: int | None = None) -> tuple[jax.Array, jax.Array]:

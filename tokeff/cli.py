@@ -127,10 +127,10 @@ def _run(known: argparse.Namespace, rest: list[str], args: list[str]) -> None:
     config = dataclasses.replace(config, experiment=overrides.apply(config.experiment, rest))
 
     from tokeff.report import table
-    from tokeff.report.run import run
+    from tokeff.report.run import run, summed
 
     folder = run(config, known.out or os.path.join("runs", config.experiment.name), fresh=known.fresh, args=args)
-    print(table.text(table.build(folder.rows(), table.BRIEF), TERMINAL), end="")
+    print(table.text(table.build(summed(config.experiment, folder), table.BRIEF), TERMINAL), end="")
     print(f"\nreport: {folder.path / 'report.html'}")
 
 

@@ -46,8 +46,8 @@ def refusal(q_BTNH, k_BKCH, v_BKCH, order_BKC, lo_BT, hi_BT, block_BKQM, row_BKM
         return f"size * G = {R} query rows a block exceed {MAX_ROWS}"
     if size > WIDTH * 2:
         return f"size {size} exceeds {WIDTH * 2}, what VMEM holds of K and V"
-    if _calls(block_BKQM) > MAX_CALLS:
-        return f"lists of {block_BKQM.size} blocks exceed {MAX_CALLS} times the {MAX_TABLE} entries of scalar memory"
+    if _calls(block_BKQM, row_BKM) > MAX_CALLS:
+        return f"lists of {block_BKQM.size} blocks, or of single rows, exceed {MAX_CALLS} times the {MAX_TABLE} entries of scalar memory"
     return None
 
 
@@ -61,15 +61,16 @@ def run(
     bounds_BQR2 = jnp.stack(bounds, -1)
     walk = partial(_walk, scale=scale, softcap=softcap, interpret=interpret)
     clean = not finite or order_BKC.shape[2] % size > 0  # beyond the last row lies anything
-    parts, some = [], -(-Q // _calls(block_BKQM))
+    single = None if row_BKM is None else _compact(k_BKCH, v_BKCH, order_BKC, block_BKQM, row_BKM, size)
+    parts, some = [], -(-Q // _calls(block_BKQM, row_BKM))
     for at in (slice(a, a + some) for a in range(0, Q, some)):
-        lists = chosen(block_BKQM[:, :, at], order_BKC, size)
-        parts.append(walk(q_BKQRH[:, :, at], bounds_BQR2[:, at], k_BKCH, v_BKCH, *lists, size=size, clean=clean))
+        asked, lists = (q_BKQRH[:, :, at], bounds_BQR2[:, at]), chosen(block_BKQM[:, :, at], order_BKC, size)
+        found = walk(*asked, k_BKCH, v_BKCH, *lists, size=size, clean=clean)
+        if single is not None:
+            k, v, *lists = single
+            found = merge(*found, *walk(*asked, k, v, *(x[:, :, at] for x in lists), size=LANES, clean=not finite))
+        parts.append(found)
     out_BKQRH, lse_BKQR = (jnp.concatenate(x, axis=2) for x in zip(*parts))
-    if row_BKM is not None:
-        compact = _compact(k_BKCH, v_BKCH, order_BKC, block_BKQM, row_BKM, size)
-        rows = walk(q_BKQRH, bounds_BQR2, *compact, size=LANES, clean=not finite)
-        out_BKQRH, lse_BKQR = merge(out_BKQRH, lse_BKQR, *rows)
     return query_tokens(out_BKQRH, T, N, size).astype(v_BKCH.dtype), query_tokens(lse_BKQR, T, N, size)
 
 
@@ -148,6 +149,7 @@ def _kernel(count_ref, block_ref, bounds_ref, q_ref, order_ref, *refs, n, clean,
         finish(at, out_ref, lse_ref)
 
 
-def _calls(block_BKQM):
+def _calls(block_BKQM, row_BKM):
     B, K, Q, M = block_BKQM.shape
+    M = M if row_BKM is None else max(M, -(-row_BKM.shape[2] // LANES))
     return max(1, -(-Q // max(1, MAX_TABLE // (B * K * M))))

@@ -32,3 +32,8 @@ def floor_bytes(case):
     """Return the bytes the op cannot do without: K and order once, the queries once, the mass written."""
     itemsize = 2 if case.dtype == "bfloat16" else 4
     return case.B * (case.K * case.C * (case.H * itemsize + 8) + case.T * case.N * (case.H * itemsize + 4))
+
+
+def flops(case):
+    """Return the floating-point operations of the product, of the pairs that see each other."""
+    return 2 * case.H * case.N * case.B * (case.T * (case.C - case.T) + case.T * (case.T + 1) // 2)

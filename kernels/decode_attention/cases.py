@@ -40,3 +40,8 @@ def floor_bytes(case):
     """Return the bytes the op cannot do without: K, V and order of the slots read; the queries are nothing."""
     itemsize = 2 if case.dtype == "bfloat16" else 4
     return case.B * case.K * case.slots_read * (2 * case.H * itemsize + 4)
+
+
+def flops(case):
+    """Return the floating-point operations of both products."""
+    return 4 * case.H * case.N * case.B * case.T * case.slots_read

@@ -12,7 +12,7 @@ time, over the same ranges of stored rows as in the forward pass: memory is dK a
 import jax
 import jax.numpy as jnp
 
-from tokeff.kernels.attend import combine, group_rows, scores, sees, wide
+from tokeff.kernels.attend import combine, exact, group_rows, scores, sees, wide
 from tokeff.kernels.flash_prefill.xla import emptied, join_blocks, segments, split_blocks, take_ranges
 
 
@@ -74,7 +74,10 @@ def _columns(p_BKGTC, x_BTNH, K):
     """Return (B, K, C, H): for each stored row the sum of x over the queries, weighted by p."""
     B, _, G, T, C = p_BKGTC.shape
     p_BKRC = p_BKGTC.reshape(B, K, G * T, C).astype(x_BTNH.dtype)
-    return jnp.einsum("bkrc,bkrh->bkch", p_BKRC, group_rows(x_BTNH, K), preferred_element_type=wide(x_BTNH.dtype))
+    rows_BKRH = group_rows(x_BTNH, K)
+    return jnp.einsum(
+        "bkrc,bkrh->bkch", p_BKRC, rows_BKRH, preferred_element_type=wide(x_BTNH.dtype), precision=exact(p_BKRC, rows_BKRH)
+    )
 
 
 def _add_ranges(x_BKCH, part_BKXH, ranges):

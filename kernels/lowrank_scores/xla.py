@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from tokeff.kernels.attend import scores, wide
+from tokeff.kernels.attend import exact, scores, wide
 from tokeff.kernels.lowrank_scores.rotation import turn
 
 
@@ -15,7 +15,7 @@ def run(q_BTNH, low_BSY, basis_BYKH, angle_BS, page_BKTM, freq_h, *, gain, page_
     if clean:
         low_BKTXY = jnp.where(jnp.repeat(page_BKTM >= 0, page_size, -1)[..., None], low_BKTXY, 0)
     low_BKXY = low_BKTXY.reshape(B, K, T * X, -1)
-    k_BKXH = jnp.einsum("bkmy,bykh->bkmh", low_BKXY, basis_BYKH)
+    k_BKXH = jnp.einsum("bkmy,bykh->bkmh", low_BKXY, basis_BYKH, precision=exact(low_BKXY, basis_BYKH))
     theta_BKXh = angle_BKTX.reshape(B, K, T * X, 1).astype(wide(k_BKXH.dtype)) * freq_h
     k_BKXH = turn(k_BKXH, theta_BKXh, gain)
     # Each query becomes a sequence of its own: it scores its rows and no others.

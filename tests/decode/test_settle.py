@@ -42,7 +42,7 @@ def stores() -> list:
     return runs.listed("kv", where=lambda m: m.name in first.values())
 
 
-@pytest.mark.parametrize("name", stores())
+@pytest.mark.parametrize("name", tiny.sampled(stores(), ("Full", "StreamingLLM", "H2O", "AdaKV", "Quest", "KIVI")))
 def test_a_question_after_drafts_is_answered_as_after_plain_decoding(name):
     policy = runs.part(name, "fast")["kv"]
     if reason := policy.drafts(RECYCLING.depth):

@@ -1,15 +1,21 @@
 """Where a method starts to pay is read off two lengths; a run measures, resumes and reports."""
 
+import jax
+import numpy as np
 import pytest
+import runs
 import tiny
 
 from tokeff import experiment
+from tokeff.bench.decode import Loop, rows_of
 from tokeff.decode.methods import prompt_lookup
 from tokeff.errors import UserError
 from tokeff.evals import crossover
 from tokeff.evals.comparison import Line, line
 from tokeff.evals.crossover import Crossover, pays_from
+from tokeff.generation import Setup
 from tokeff.kv import methods as kv
+from tokeff.kv.extend import pack
 from tokeff.models.config import Precision
 from tokeff.models.load import Model
 from tokeff.report.run import run
@@ -34,6 +40,26 @@ def at(context, dense, step):
 )
 def test_straight_lines_meet(short, long, found):
     assert pays_from(short, long) == found
+
+
+def test_rounds_that_disagree_are_level():
+    wide, sure = {"rounds": [0.9, 1.1]}, {"rounds": [1.1, 1.2]}
+    assert pays_from(at(1000, 10, 9) | wide, at(5000, 30, 29) | wide) == crossover.LEVEL
+    assert pays_from(at(1000, 10, 9) | wide, at(5000, 30, 16) | sure) == "always"
+
+
+@pytest.mark.parametrize("name", tiny.sampled(runs.listed("kv"), ("SentenceKV", "KVzip", "ExpectedAttention")))
+def test_every_policy_packs_random_rows(name):
+    """Whatever it wants to know of them; telling a prompt again does not come into it, however long it is."""
+    m, policy = Model(tiny.CFG, tiny.params(), None, Precision("float32", "float32", "float32"), "tiny"), runs.part(name)["kv"]
+    policy = policy.fit(m)
+    layers = pack(policy, rows_of(m, policy, 60), Setup(policy).room(4), m.cfg)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(layers) if x.dtype == np.float32)
+
+
+def test_a_context_as_long_as_the_model_reads_is_timed():
+    m = Model(tiny.CFG, tiny.params(), None, Precision("float32", "float32", "float32"), "tiny")
+    assert Loop(m, runs.part("KVzip")["kv"], tiny.CFG.max_len, 2)() > 0
 
 
 def test_a_run_times_and_reports(tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ from tokeff.decode.methods import prompt_lookup, token_recycling
 from tokeff.errors import UserError
 from tokeff.evals import continuations, drafting, machines, speedup
 from tokeff.evals.drafting import Drafted, Drafting, drafted, entries
-from tokeff.evals.machines import CPU, H200, V5E, Work
+from tokeff.evals.machines import H200, V5E, Work
 from tokeff.evals.speedup import DENSE, MINE, PLAIN, WRONG, Group, exactness, speeds
 from tokeff.kv import methods as kv
 from tokeff.listing import Method, find, methods
@@ -62,7 +62,7 @@ def test_a_run_measures_resumes_and_reports(small, tmp_path):
     assert [row["key"] for row in found] == ["verify-cost", "Lookup/copy-heavy/1", "Lookup/prose/1", "Lookup/prose/2"]
     assert [n for n, _ in found[0]["curve"]] == [1, 2]
     for row in found[1:]:
-        assert row["exact"] and row["note"] == "" and row["nodes"] == 4 and row["n"] == 2
+        assert row["exact"] and row["note"] == "" and row["nodes"] == 4 and row["texts"] == 2
         assert row["tokens"] == [NEW - 1] * 2 and all(1 <= n <= NEW - 1 for n in row["passes"])
         assert 1 <= row["mat"] == pytest.approx(2 * (NEW - 1) / sum(row["passes"])) and row["tn"] > 0
     assert found[1]["passes"] == found[3]["passes"]  # a sequence's own passes do not depend on the batch
@@ -138,7 +138,7 @@ def test_a_pass_reads_weights_until_it_computes_more():
     assert machines.ratio(H200, work, int(ridge)) == 1 and machines.ratio(H200, work, round(3 * ridge)) == pytest.approx(3, rel=1e-2)
     assert machines.ratio(H200, work, 64, batch=16) == pytest.approx(16 * 64 / ridge)
     assert machines.seconds(V5E, work, 1) == pytest.approx(2e9 / 819e9)
-    assert machines.ratio(CPU, work, 81) > 5 and machines.ratio(V5E, work, 81) == 1
+    assert machines.ratio(V5E, work, 81) == 1
     cached = Work(10**9, 1000, 100)
     assert machines.seconds(H200, cached, 1, batch=2, context=500) == pytest.approx(2 * (1e9 + 1e6) / 4.8e12)
 

@@ -11,7 +11,7 @@ from tokeff import experiment
 from tokeff.errors import UserError
 from tokeff.evals.comparison import Line, line, timed_prefill
 from tokeff.evals.fidelity import Encoded, Reader
-from tokeff.evals.leaderboard import Batch, Leaderboard, Texts, averaged, entries, name_of
+from tokeff.evals.leaderboard import Batch, Leaderboard, Texts, averaged, entries, name_of, ranked
 from tokeff.generation import Setup
 from tokeff.kv import methods as kv
 from tokeff.kv.policy import Full
@@ -28,9 +28,13 @@ def row(method, batch, kl, **more):
     each = lambda x: [x] * len(kl)  # noqa: E731
     return {
         "method": method, "family": find(method).family, "lossless": False, "budgeted_by": "held", "budget": 0.25, "context": 64,
-        "batch": batch, "held": 0.25, "read": 0.25, "exact": each(1), "asked": each(3), "full_exact": each(3), "answer_logprob": each(-2.0),
+        "task": "multi_question", "batch": batch, "held": 0.25, "read": 0.25,
+        "exact": each(1), "asked": each(3), "full_exact": each(3), "answer_logprob": each(-2.0),
         "later_exact": each(0), "later_logprob": each(-3.0), "loss": each(3.0), "kl": list(kl), "top1_agree": each(0.5),
     } | more  # fmt: skip
+
+
+ALL = {("multi_question", 64)}
 
 
 def test_every_budgeted_method_stands_at_every_budget():
@@ -43,20 +47,44 @@ def test_every_budgeted_method_stands_at_every_budget():
 def test_texts_are_averaged_and_compared_one_by_one():
     chance = [row("Random", 0, (0.5, 0.9)), row("Random", 1, (0.7,))]
     better = [row("SnapKV", 0, (0.4, 0.8)), row("SnapKV", 1, (0.6,))]  # by .1 on each text, though texts differ by more
-    found = averaged(better, chance)
+    found = averaged(better, chance, ALL)
     assert found["kl"] == pytest.approx(0.6) and found["kl_n"] == 3 and found["kl_lo"] < 0.6 < found["kl_hi"]
     assert (found["needles_exact"], found["n"], found["later_exact"]) == (3, 9, 0) and found["beats_random"]
-    assert not averaged([row("SnapKV", 0, (0.4, 1.0)), row("SnapKV", 1, (0.7,))], chance)["beats_random"]
+    assert not averaged([row("SnapKV", 0, (0.4, 1.0)), row("SnapKV", 1, (0.7,))], chance, ALL)["beats_random"]
+
+
+def test_answers_count_where_the_full_cache_knows_them():
+    """Four of five questions are enough, and at each length by itself; those to other tasks stand apart. KL is of all texts."""
+    easy = row("SnapKV", 0, (0.4,), full_exact=[4], asked=[5])
+    hard = row("SnapKV", 1, (0.8,), task="chains", full_exact=[2], answer_logprob=[-9.0])
+    far = row("SnapKV", 2, (0.1,), context=128, full_exact=[0])
+    assert ranked([easy, hard, far]) == {("multi_question", 64)}
+    found = averaged([easy, hard], None, ranked([easy, hard, far]))
+    assert (found["needles_exact"], found["n"], found["answer_logprob"], found["hard_logprob"]) == (1, 5, -2.0, -9.0)
+    assert found["kl"] == pytest.approx(0.6)
+    alone = averaged([far], None, set())
+    assert "needles_exact" not in alone and "later_exact" not in alone and alone["hard_logprob"] == -2.0
+
+
+def test_who_uses_more_bytes_is_not_said_to_beat_random_rows():
+    chance = [row("Random", 0, (0.5, 0.9))]
+    for held, said in ((0.27, True), (0.5, False)):
+        assert ("beats_random" in averaged([row("SnapKV", 0, (0.4, 0.8), held=held)], chance, ALL)) == said
+
+
+def test_rows_of_several_commits_say_so():
+    found = averaged([row("SnapKV", 0, (0.4,), commit="a", dirty=True), row("SnapKV", 1, (0.4,), commit="b")], None, ALL)
+    assert found["commits"] == ["a", "b"] and found["dirty"]
 
 
 def test_one_text_has_no_interval():
-    found = averaged([row("SnapKV", 0, (0.4,))], [row("Random", 0, (0.5,))])
+    found = averaged([row("SnapKV", 0, (0.4,))], [row("Random", 0, (0.5,))], ALL)
     assert found["kl"] == 0.4 and "kl_lo" not in found and "beats_random" not in found
 
 
 def test_texts_without_a_question_have_no_answer():
     asked, silent = row("SnapKV", 0, (0.4,)), row("SnapKV", 1, (0.4,), asked=[0], exact=[0], full_exact=[0], answer_logprob=[None])
-    found = averaged([asked, silent], None)
+    found = averaged([asked, silent], None, ALL)
     assert (found["n"], found["answer_logprob"], found["kl_n"]) == (3, -2.0, 2)
 
 
@@ -65,8 +93,8 @@ def test_a_text_without_questions_is_measured_by_what_follows_it():
     text = Encoded(tiny.prompts()[0], (), (), tiny.prompts()[1][:5], ())
     assert Reader(m, text).later(Setup()) == [[]]
     policy = kv.snapkv(0.5, window=6)
-    measured = Texts(m, Reader(m, text)).figures(Line("SnapKV", kv=policy)) | {"batch": 0, "context": 64}
-    found = averaged([measured], None)
+    measured = Texts(m, Reader(m, text)).figures(Line("SnapKV", kv=policy)) | {"batch": 0, "context": 64, "task": "multi_question"}
+    found = averaged([measured], None, ALL)
     assert found["kl"] > 0 and found["n"] == 0 and not {"later_logprob", "answer_logprob"} & set(found)
 
 

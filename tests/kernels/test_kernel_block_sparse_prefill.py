@@ -1,5 +1,7 @@
 """block_sparse_prefill: the definition, the XLA path, gradients, both kernels by interpretation, both real compilers."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -119,8 +121,12 @@ def test_lists_too_long_for_scalar_memory_are_cut(monkeypatch):
     monkeypatch.setattr(pallas_tpu, "MAX_TABLE", 6)
     case = Case("long", T=64, N=1, K=1, C=64, H=16, page_size=16, blocks=3, ascending=True)
     made = call(case, arrays_of(case))
-    assert pallas_tpu._calls(made[0][6]) == 2
+    assert pallas_tpu._calls(made[0][6], None) == 2
     check_kernel(OP, "pallas_tpu", made, "float32")
+    many = dataclasses.replace(case, blocks=1, rows=130, C=192)  # two lane tiles of single rows for each of four blocks of queries
+    rows = call(many, arrays_of(many))
+    assert pallas_tpu._calls(rows[0][6], None) == 1 and pallas_tpu._calls(rows[0][6], rows[0][7]) == 2
+    check_kernel(OP, "pallas_tpu", rows, "float32")
     monkeypatch.setattr(pallas_tpu, "MAX_CALLS", 1)
     assert "entries of scalar memory" in refused(OP, "pallas_tpu", made)
 

@@ -48,10 +48,24 @@ def test_a_wrong_kernel_does_not_pass(monkeypatch):
     assert not row["passed"] and row["error"] is None
 
 
+def test_a_kernel_that_misses_a_block_of_rows_does_not_pass(monkeypatch):
+    """Among thousands of rows, in bfloat16, where outputs are small numbers."""
+    module, public, *rest = OPS["decode_attention"]
+    case = Case("long", N=2, K=1, C=4096, H=64, dtype="bfloat16")
+    assert check("decode_attention", case)["passed"]
+
+    def wrong(q, k, v, order, *bounds, implementation, **options):
+        order = order if implementation == "reference" else order.at[:, :, 256:320].set(-1)
+        return public(q, k, v, order, *bounds, **options, implementation=implementation)
+
+    monkeypatch.setitem(OPS, "decode_attention", (module, wrong, *rest))
+    assert not check("decode_attention", case)["passed"]
+
+
 def test_deviation_knows_infinities_and_whole_numbers():
     x, whole = np.array([1.0, -np.inf, np.nan], np.float32), np.array([3, 4, 5, 6])
     assert deviation((x, whole), (x, whole)) == (0.0, 0.0)
-    assert deviation((x + 0.5, whole), (x, np.array([3, 4, 5, 7]))) == (0.25, 0.25)
+    assert deviation((x + 0.5, whole), (x, np.array([3, 4, 5, 7]))) == (0.5, 0.25)
     assert deviation((x,), (np.nan_to_num(x),))[0] == np.inf
 
 

@@ -28,7 +28,7 @@ from tokeff.reduce.methods import gemfilter
 from tokeff.sparse.methods import a_shape, quest
 
 pytestmark = pytest.mark.core
-PIECE, LENGTH = runs.PIECE, tiny.LENGTHS[0]
+PIECE, LENGTH = 24, tiny.LENGTHS[0]
 ROWS = 24
 
 
@@ -67,7 +67,7 @@ def lets_go(policy) -> bool:
 
 def bounded_methods():
     found = [m for m in METHODS if m.part == "kv" and lets_go(m.make(**tiny.settings(m)))]
-    return [pytest.param(m, id=m.name, marks=pytest.mark.xdist_group(m.name)) for m in found]
+    return [pytest.param(m, id=m.name, marks=runs.together(m.name)) for m in found]
 
 
 @pytest.mark.parametrize("method", bounded_methods())
@@ -87,7 +87,7 @@ def test_a_layer_never_holds_more_than_its_budget_and_a_piece(method):
     tiny.packed(policy, prompt)
     most = max(layer.k_BKSH.shape[2] for layer in prompt.layers)
     if isinstance(policy, Keep) and type(policy).squeeze is Keep.squeeze and policy.span == "layer":
-        assert most <= max(policy.rows(LENGTH, Here(i, tiny.CFG)) for i in range(tiny.CFG.L)) + PIECE
+        assert most <= max(policy.rows(LENGTH, Here(i, tiny.CFG)) for i in range(tiny.CFG.L)) + runs.PIECE
         assert most < LENGTH
     else:
         assert most <= LENGTH

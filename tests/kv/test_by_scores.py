@@ -130,7 +130,7 @@ def test_random_rows_equal_the_oracle(shape):
     policy, here = kv.spatten_cache(4, 4, 0.3, 0.25, 8), Here(0, cfg)
     rows, lengths = layer_of(rng, B, K, H, S)
     (q, k, v), flow = asked(rng, cfg, lengths, T)
-    layer = policy.pack_layer(rows, Room(T), here)
+    layer = jax.jit(lambda rows: policy.pack_layer(rows, Room(T), here))(rows)
     out, layer, _ = jax.jit(lambda *x: policy.attend(*x, flow, flow, layer, None, None, here))(q, k, v)
     turned = [np.asarray(here.rotate(x, flow.angle_BT[:, :, None]), np.float64) for x in (q, k)]
     again = np.zeros((B, K), int)
@@ -150,12 +150,16 @@ def test_random_rows_equal_the_oracle(shape):
 # -- what is not read
 
 
+def packed_layer(policy, prompt):
+    return tiny.packed(policy, prompt, Room(1))[1]
+
+
 def test_low_bits_that_nobody_asks_for_are_not_read():
     """Other low bits change what the heads that ask say, and nothing else, to the bit."""
     policy, prompt = kv.spatten_cache(2, 8, 0.5, 1.0, 8), runs.prompt()
     here, (q, k, v) = Here(1, tiny.CFG), runs.asks()
     q = q * jnp.asarray([9.0, 9.0, 0.1, 0.1])[:, None]  # the first kv head finds something, the second does not
-    layer = policy.pack_layer(prompt.layers[1], Room(1), here)
+    layer = packed_layer(policy, prompt)
     order = prompt.next_B[:, None]
     flow = Flow(jnp.zeros((2, 1, tiny.CFG.D)), order, order, order)
     step = jax.jit(lambda layer: policy.attend(q, k, v, flow, flow, layer, None, None, here)[:2])
@@ -195,10 +199,10 @@ def test_values_of_other_rows_are_not_read():
     order = prompt.next_B[:, None]
     flow = Flow(jnp.zeros((2, 1, tiny.CFG.D)), order, order, order)
     turned, key = (here.rotate(x, flow.angle_BT[:, :, None]) for x in (q, k))
-    layer = whole.append(whole.pack_layer(prompt.layers[1], Room(1), here), key.swapaxes(1, 2), v.swapaxes(1, 2), flow, None)
+    layer = whole.append(packed_layer(whole, prompt), key.swapaxes(1, 2), v.swapaxes(1, 2), flow, None)
     p = np.asarray(whole.probabilities(turned, layer, None, flow, here)[0]).sum(axis=(2, 3))
     rank = np.argsort(np.argsort(-p, axis=-1, kind="stable"), axis=-1)
-    layer = policy.pack_layer(prompt.layers[1], Room(1), here)
+    layer = packed_layer(policy, prompt)
     spoiled = layer.replace(v_BKCH=jnp.where(jnp.asarray(rank < 9)[..., None], layer.v_BKCH, jnp.nan))
     step = jax.jit(lambda layer: policy.attend(q, k, v, flow, flow, layer, None, None, here)[0])
     np.testing.assert_array_equal(step(spoiled), step(layer))

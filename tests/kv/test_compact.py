@@ -175,8 +175,8 @@ def test_exact_contexts_are_equal_to_the_bit_and_smaller(name, tmp_path):
 def test_compact_contexts_answer_the_same_in_another_process(tmp_path):
     """Read in this process and in another: the same text, and the context says that it is lossy, also when it is saved again."""
     m, question, here = test_api.model(), [test_api.text(5, 2), test_api.text(3, 3)], {}
-    for name, make in POLICIES.items():
-        tokeff.compress(m, test_api.text(64), make(), room=24).save(tmp_path / name, compact=FINE)
+    for name in ("KIVI", "AdaKV"):  # codes and pages; test_api.py sends the others from one process to another
+        tokeff.compress(m, test_api.text(64), POLICIES[name](), room=24).save(tmp_path / name, compact=FINE)
         again = Compressed.load(m, tmp_path / name)
         here[name] = tokeff.generate(m, question, cache=again, max_new=12).tokens
         assert again.lossy == FINE
@@ -188,7 +188,7 @@ def test_compact_contexts_answer_the_same_in_another_process(tmp_path):
         "contexts = {n: Compressed.load(m, pathlib.Path(sys.argv[1]) / n) for n in sys.argv[2:]};"
         "print(json.dumps({n: tokeff.generate(m, questions, cache=c, max_new=12).tokens for n, c in contexts.items()}))"
     )
-    assert json.loads(test_api.python(code, str(tmp_path), *POLICIES)) == here
+    assert json.loads(test_api.python(code, str(tmp_path), *here)) == here
 
 
 def test_fine_bins_give_the_text_of_the_context(tmp_path):

@@ -54,7 +54,7 @@ def compiled(policy, drafter=tiny.PLAIN):
     return tiny.compiled(program).as_text(), {tuple(sorted(shape)) for shape in stores}
 
 
-@pytest.mark.parametrize("name", runs.ways_of_going_on())
+@pytest.mark.parametrize("name", tiny.sampled(runs.ways_of_going_on(), runs.attending()))
 def test_decode_loop_copies_no_cache(name):
     """One token at a time, eviction, ragged batch, inside the loop."""
     text, shapes = compiled(part(name)["kv"])

@@ -204,7 +204,7 @@ def longer_pass(cut) -> Prompt:
     return tiny.read(tiny.FULL, evidence=wanted(lambda name: cell(name, "pass").change.share is not None), cut=cut)
 
 
-@pytest.mark.parametrize("name", listed("kv"))
+@pytest.mark.parametrize("name", tiny.sampled(listed("kv"), runs.attending()))
 def test_a_pass_that_lets_heads_go(name):
     """The layer above it, in the heads that it left."""
     found = joined(name, "pass of heads")

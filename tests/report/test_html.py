@@ -67,7 +67,7 @@ def test_curves_go_through_budgets_from_the_best_method_on():
     drawing = draw_curves(with_one, figure, {}, ())
     assert drawing is not None
     named = [[text.get_text() for text in panel.get_legend().get_texts()] for panel in drawing.axes if panel.get_legend()]
-    assert named == [[f"m{i}" for i in range(6)], ["m6"]]
+    assert named == [[f"m{i}" for i in range(6)], ["m6"], ["single"]]
     whole = draw_curves([*rows, {**with_one[-1], "method": "Full", "held": 1.0}], figure, {}, ())
     assert whole is not None and [t.get_text() for t in whole.axes[1].get_legend().get_texts()] == ["m6", "Full"]
     image = plots.draw(rows, figure)

@@ -26,12 +26,18 @@ NEW = 12
 HALF = ((0, 2, 3, 7),)  # of 8 kv heads: two classes that a mesh of 4 divides
 METHODS = {m.name: m for m in methods()}
 LOOPS: dict[tuple, jax.stages.Compiled] = {}
+# What runs with every test: a method of each kind of store, reading, pass, prefill and drafting. The others run in `make proofs`.
+DAILY = (
+    "Full", "Random", "Recent", "StreamingLLM", "H2O", "SnapKV", "AdaKV", "ShadowKV", "TidalDecode", "GemFilter", "PromptDistill",
+    "PromptLookup", "TokenRecycling", "KIVI", "Quest", "DuoAttention", "TransMLA", "InfLLM", "LServe", "LazyLLM", "SpAttenHeads",
+    "MInference", "CacheBlend", "EarlyExit", "DraftModel", "SmartSpec", "FFN-SkipLLM", "H2O+PromptLookup", "AdaKV+TokenRecycling",
+)  # fmt: skip
 ACTIVE = {"chunk": 8, "head": 4, "question": 8, "budget": 0.25, "sure": 0.2}  # settings of drafters with a model of their own
 
 
 def named(*names: str) -> list:
     """Test parameters, grouped so that one worker runs all tests of a method, and of those that go on from a prompt as it does."""
-    return [pytest.param(name, marks=pytest.mark.xdist_group(f"sharded {going_on(name)}")) for name in names]
+    return tiny.sampled([pytest.param(name, marks=pytest.mark.xdist_group(f"sharded {going_on(name)}")) for name in names], DAILY)
 
 
 @cache

@@ -73,13 +73,15 @@ def timed(f: Callable[..., Any], *args: Any) -> Timer:
     return run
 
 
-def interleave(timers: Mapping[str, Timer], rounds: int, what: str = "", warm: bool = True) -> dict[str, list[float]]:
+def interleave(
+    timers: Mapping[str, Timer], rounds: int, what: str = "", warm: bool = True, first: int = 0
+) -> dict[str, list[float]]:
     """Seconds of each timer in each round. With `warm`, one round before is not counted. Each round starts with
-    another timer."""
+    another timer, the first one counted with the timer `first`."""
     names, seconds = list(timers), {name: [] for name in timers}
     with tqdm(total=(rounds + warm) * len(names), desc=what, disable=None, leave=False) as bar:
         for i in range(-1 if warm else 0, rounds):
-            turn = max(i, 0) % len(names)
+            turn = (max(i, 0) + first) % len(names)
             for name in names[turn:] + names[:turn]:
                 took = timers[name]()
                 if i >= 0:

@@ -7,6 +7,7 @@ time on the same weights and threads.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from statistics import median
 from typing import Any
@@ -44,9 +45,11 @@ def rows_of(m: Model, policy: Policy, n: int, seed: int = 0) -> tuple[Prefilled,
     def rows():
         return jnp.asarray(rng.standard_normal((1, cfg.K, n, cfg.H), np.float32), m.precision.cache)
 
-    evidence = {
-        ask: jax.tree.map(lambda x: jnp.asarray(rng.random(x.shape), jnp.float32), ask.like(1, n, cfg)) for ask in policy.needs()
-    }
+    def noted(like):
+        random = rng.integers(0, cfg.V, like.shape) if jnp.issubdtype(like.dtype, jnp.integer) else rng.random(like.shape)
+        return jnp.asarray(random, like.dtype)
+
+    evidence = {ask: jax.tree.map(noted, ask.like(1, n, cfg)) for ask in policy.needs()}
     order = jnp.arange(n, dtype=jnp.int32)[None, None]
     return tuple(Prefilled(rows(), rows(), order, jnp.array([n], jnp.int32), jnp.int32(i), evidence) for i in range(cfg.L))
 
@@ -60,7 +63,7 @@ class Loop:
     def __init__(self, m: Model, policy: Policy, context: int, steps: int, drafter: Drafter | None = None):
         policy, n = policy.fit(m), context - steps - 1
         setup = Setup(policy, None, drafter or Plain())
-        policy.check(m.cfg, n)
+        policy.check(dataclasses.replace(m.cfg, max_len=2 * m.cfg.max_len), n)  # nothing is prefilled, so nothing is told a second time
         self.layers = pack(policy, rows_of(m, policy, n), setup.room(steps + 1), m.cfg)
         length = jnp.array([n], jnp.int32)
         tokens, logits = jnp.zeros((1, n), jnp.int32), jnp.zeros((1, m.cfg.V), jnp.float32)

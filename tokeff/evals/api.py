@@ -9,15 +9,13 @@ import numpy as np
 from tokeff.data import tasks
 from tokeff.data.haystack import encoder
 from tokeff.errors import UserError
-from tokeff.evals.fidelity import Reader, encode_example
+from tokeff.evals.fidelity import RANKED_AT, Reader, encode_example
 from tokeff.evals.stats import Interval, bootstrap_mean, mean, proportion
 from tokeff.generation import Setup
 from tokeff.kv.policy import Full, Policy
 from tokeff.models.load import Model
 from tokeff.models.transformer import Pass
 from tokeff.sparse.pattern import Pattern
-
-RANKED_AT = 0.8  # a task ranks by exact match only where the full cache gets this share right
 
 
 def evaluate(

@@ -1,7 +1,8 @@
 """From which context length on does a method pay? Seconds of one decode step, next to dense decoding's, on random rows.
 
-Speed does not depend on what rows hold, so nothing is prefilled. Each measurement times a method, dense decoding and `Recent` (the same
-number of rows kept with nothing to decide) in turns. Between two lengths a step's seconds are taken as a straight line: it reads weights,
+Nothing is prefilled: speed does not depend on what rows hold, but of methods that work harder when queries change (TokenSelect) or scores
+are level (SpAttenCache), which random rows make work all the time. Each measurement times a method, dense decoding and `Recent` (rows
+of as many bytes, with nothing to decide) in turns. Between two lengths a step's seconds are taken as a straight line: it reads weights,
 which do not grow, and rows, which do.
 """
 
@@ -26,7 +27,7 @@ from tokeff.listing import find
 from tokeff.models.load import Model, load
 from tokeff.report.figures import Bars, Figure
 
-NEVER, ALWAYS = "never", "always"
+NEVER, ALWAYS, LEVEL = "never", "always", "≈ dense"
 
 
 @dataclass(frozen=True)
@@ -74,22 +75,26 @@ class Crossover(Experiment):
         return context.figures(row, int(length)) | {"settings": repr(row)}
 
     def summary(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """A line a method: its figures at the longest context, and where it starts to pay."""
-        groups: dict[str, list[dict[str, Any]]] = {}
-        for row in sorted(rows, key=lambda row: row["context"]):
-            groups.setdefault(row["method"], []).append(row)
-        return [group[-1] | {"pays_from": pays_from(group[0], group[-1])} for group in groups.values()]
+        """A line a measurement, the longest contexts first; theirs say where a method starts to pay."""
+        rows = sorted(rows, key=lambda row: row["context"])
+        first = {row["method"]: row for row in reversed(rows)}
+        last = {row["method"]: row for row in rows}
+        told = {name: {"pays_from": pays_from(first[name], row)} for name, row in last.items() if name != BASE}
+        said = [row | (told.get(row["method"], {}) if row is last[row["method"]] else {}) for row in rows]
+        return sorted(said, key=lambda row: -row["context"])
 
     def report(self) -> tuple[Figure, ...]:
         return (
             Bars("of_dense", "Speed of decoding, dense decoding = 1", reference=BASE),
-            Bars("overhead_ms", "Milliseconds of a step beyond reading as many rows and deciding nothing"),
+            Bars("overhead_ms", "Milliseconds of a step beyond reading as many bytes and deciding nothing"),
         )
 
 
 def pays_from(short: dict[str, Any], long: dict[str, Any]) -> str:
     """The context length from which a step is faster than dense decoding's, on straight lines through two lengths; '>n' where that lies
-    beyond the longer one, n, and 'below n' for what is faster up to there only."""
+    beyond the longer one, n, and 'below n' for what is faster up to there only. Level where rounds disagree at both lengths."""
+    if all(row.get("rounds") and min(row["rounds"]) <= 1 <= max(row["rounds"]) for row in (short, long)):
+        return LEVEL
     (a, b), gain = (short["context"], long["context"]), [row["dense_ms"] - row["step_ms"] for row in (short, long)]
     slope = (gain[1] - gain[0]) / (b - a) if b > a else 0.0
     if slope == 0 or min(gain) > 0 or max(gain) <= 0 > slope:  # no length changes who is faster
@@ -132,7 +137,8 @@ class Timed:
             "method": row.method, "family": listed.family, "lossless": listed.lossless, "budgeted_by": listed.budgeted_by,
             "calibrated": row.calibrated, "budget": budget_of(row), "context": length,
             "step_ms": 1e3 * median(step), "dense_ms": 1e3 * median(seconds["dense"]),
-            "decode_tok_s": 1 / median(step), "of_dense": common.ratio(seconds["dense"], step), "of_floor": floor / median(step),
+            "decode_tok_s": 1 / median(step), "of_dense": common.ratio(seconds["dense"], step),
+            "rounds": [a / b for a, b in zip(seconds["dense"], step, strict=True)], "of_floor": floor / median(step),
             "read": mine.read / dense_bytes(self.m.cfg, length, self.m.precision.cache),
             "overhead_ms": 1e3 * (median(step) - median(seconds["recent"])), "slowest_of_fastest": max(step) / min(step),
         }  # fmt: skip

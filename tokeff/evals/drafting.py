@@ -25,6 +25,7 @@ from tokeff.bench import common, verify_cost
 from tokeff.bench.verify_cost import Chain
 from tokeff.compat import forget_programs
 from tokeff.decode.draft import Drafter, Plain
+from tokeff.decode.draft_model import OwnModel
 from tokeff.errors import UserError
 from tokeff.evals import machines
 from tokeff.evals.comparison import compile_cache, settled_row
@@ -212,7 +213,9 @@ class Drafting(Experiment):
     def summary(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """Class by class, single prompts before batches; the curve as a line a width."""
         curve = next((row for row in rows if "curve" in row), None)
-        widths = [{"method": f"T({n})", "family": "baseline", "batch": 1, "nodes": n, "tn": tn} for n, tn in (curve or {}).get("curve", ())]
+        stamp = {name: curve[name] for name in ("commit", "dirty", "measured_at") if curve and name in curve}
+        stamp |= {"family": "baseline", "batch": 1}
+        widths = [{"method": f"T({n})", "nodes": n, "tn": tn, **stamp} for n, tn in (curve or {}).get("curve", ())]
         order = {name: i for i, name in enumerate((*self.classes, *(row.get("class") for row in rows)))}
         mine = [row for row in rows if "curve" not in row]
         return widths + sorted(mine, key=lambda row: (row["batch"], order[row["class"]]))
@@ -233,6 +236,15 @@ def with_draft(row: Drafted, d: Model) -> Drafted:
     return replace(row, decode=made, given=None, weights=fingerprint(d))
 
 
+def elsewhere(drafter: Drafter, work: Work, batch: int, found: dict[str, Any]) -> dict[str, Any]:
+    """On which machines drafting would pay, by arithmetic: of drafters alone that find their drafts in text, whose cost is not the model's,
+    and that carry all their rows in every pass."""
+    if drafter.own_layers or isinstance(drafter, OwnModel) or found["draft_ms"] < 0 or drafter.nodes == 1:
+        return {}
+    on = {x.name: machines.ratio(x, work, drafter.nodes, batch) for x in MACHINES}
+    return {"on": on, "pays_on": ", ".join(name for name, tn in on.items() if tn < found["break_even"]) or "none"}
+
+
 @dataclass(eq=False)
 class Drafts:
     """The model, and the prefills of the prompts met so far."""
@@ -251,13 +263,11 @@ class Drafts:
     def figures(self, row: Drafted, name: str, batch: int) -> dict[str, Any]:
         """One row on one class at one batch size."""
         count = self.experiment.count(row, batch)
-        groups = [self.timed(row, self.read(name, i, batch, row.kv.needs())) for i in range(0, count, batch)]
+        groups = [self.timed(row, self.read(name, i, batch, row.kv.needs()), i) for i in range(0, count, batch)]
         found = speeds([g for g in groups if g.decoded]) | exactness(self.m, groups)
-        on = {x.name: machines.ratio(x, Work.of(self.m), row.decode.nodes, batch) for x in MACHINES}
-        pays = [x for x, tn in on.items() if tn < found["break_even"]]
         return {
-            "method": row.method, "family": "decode", "lossless": row.decode.lossless, "class": name, "batch": batch, "n": count,
-            "nodes": row.decode.nodes, **found, "on": on, "pays_on": ", ".join(pays) or "none",
+            "method": row.method, "family": "decode", "lossless": row.decode.lossless, "class": name, "batch": batch, "texts": count,
+            "nodes": row.decode.nodes, **found, **elsewhere(row.decode, Work.of(self.m), batch, found),
         }  # fmt: skip
 
     def read(self, name: str, first: int, batch: int, evidence: tuple[Evidence, ...]) -> Prompt:
@@ -266,8 +276,8 @@ class Drafts:
             self.prefilled[key] = read(self.m, [ids(self.m, p) for p in of_class(name)[first : first + batch]], evidence)
         return self.prefilled[key]
 
-    def timed(self, row: Drafted, prompt: Prompt) -> Group:
-        """One prompt or batch under every decoder, in turns."""
+    def timed(self, row: Drafted, prompt: Prompt, first: int) -> Group:
+        """One prompt or batch under every decoder, in turns; `first` says whose turn it is first."""
         e = self.experiment
 
         def run(setup: Setup, passes: int | None = None) -> Continuation:
@@ -280,5 +290,5 @@ class Drafts:
         for each in (turns := {id(x): x for x in runs.values()}).values():
             own = type(each.setup.decode).drive is not Drafter.drive  # may go on to further programs as the text goes on
             Continuation(self.m, prompt, each.setup, e.new, None if own else 2)()  # compiles
-        seconds = common.interleave({str(i): x for i, x in turns.items()}, e.rounds, row.method, warm=False)
+        seconds = common.interleave({str(i): x for i, x in turns.items()}, e.rounds, row.method, warm=False, first=first)
         return Group(prompt, runs, {name: seconds[str(id(x))] for name, x in runs.items()})

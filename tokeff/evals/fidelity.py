@@ -25,6 +25,8 @@ from tokeff.kv.prefill import Prompt, prefill
 from tokeff.models.load import Model
 from tokeff.sharding import beside
 
+RANKED_AT = 0.8  # a task ranks by exact match only where the full cache gets this share right
+
 
 @dataclass(frozen=True)
 class Encoded:

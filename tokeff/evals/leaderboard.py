@@ -18,7 +18,7 @@ from tokeff.data.haystack import encoder
 from tokeff.errors import UserError
 from tokeff.evals.comparison import BASE, CHANCE, Line, budget_of, compile_cache, fitting, line, settled
 from tokeff.evals.cost import dense_bytes, read_bytes
-from tokeff.evals.fidelity import Encoded, Quality, Reader, encode_example
+from tokeff.evals.fidelity import RANKED_AT, Encoded, Quality, Reader, encode_example
 from tokeff.evals.stats import Interval, bootstrap_mean, mean, paired_difference
 from tokeff.experiment import Experiment
 from tokeff.generation import Setup
@@ -28,6 +28,8 @@ from tokeff.kv.policy import tree_bytes
 from tokeff.listing import Method, find
 from tokeff.models.load import Model, load
 from tokeff.report.figures import Curves, Figure
+
+ALIKE = 1.1  # so many times the bytes of random rows may a method use that is said to beat them
 
 
 def entries(methods: Sequence[Method], budgets: Sequence[float]) -> tuple[Line, ...]:
@@ -102,12 +104,13 @@ class Leaderboard(Experiment):
         return found | {"task": batch.task, "context": batch.length, "batch": int(i), "settings": repr(row)}
 
     def summary(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """One line a method, budget and length: means over its texts, with intervals over texts."""
+        """One line a method, budget and length: means over its texts, with intervals over texts. Answers are those to tasks that the full
+        cache masters at that length; those to the others have a column of their own."""
         groups: dict[tuple, list[dict[str, Any]]] = {}
         for row in rows:
             groups.setdefault((row["method"], row["budget"], row["context"]), []).append(row)
-        chance = {(k[1], k[2]): g for k, g in groups.items() if k[0] == CHANCE}
-        return [averaged(group, chance.get((k[1], k[2]))) for k, group in sorted(groups.items(), key=lambda g: g[0][2])]
+        chance, mastered = {(k[1], k[2]): g for k, g in groups.items() if k[0] == CHANCE}, ranked(rows)
+        return [averaged(group, chance.get((k[1], k[2])), mastered) for k, group in sorted(groups.items(), key=lambda g: g[0][2])]
 
     def report(self) -> tuple[Figure, ...]:
         return (
@@ -184,27 +187,55 @@ class Texts:
         }  # fmt: skip
 
 
-def averaged(rows: list[dict[str, Any]], chance: list[dict[str, Any]] | None) -> dict[str, Any]:
-    """The batches of one method, budget and length as one line."""
-    keep = ("method", "family", "lossless", "calibrated", "budgeted_by", "budget", "context", "measured_at", "commit")
+def ranked(rows: Sequence[dict[str, Any]]) -> set[tuple[str, int]]:
+    """(task, length) of those whose questions the full cache answers often enough for exact answers to rank methods."""
+    found: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault((row["task"], row["context"]), []).append(row)
+    return {at for at, of in found.items() if sum(flat(of, "full_exact")) >= RANKED_AT * sum(flat(of, "asked"))}
+
+
+def averaged(rows: list[dict[str, Any]], chance: list[dict[str, Any]] | None, mastered: set[tuple[str, int]]) -> dict[str, Any]:
+    """The batches of one method, budget and length as one line. mastered: as of `ranked`."""
+    keep = ("method", "family", "lossless", "calibrated", "budgeted_by", "budget", "context", "measured_at")
     found = {name: rows[0][name] for name in keep if name in rows[0]}
     found |= {name: float(np.mean([row[name] for row in rows])) for name in ("held", "read")}
-    found["measured_s"] = sum(row.get("measured_s") or 0 for row in rows)
-    found |= {"needles_exact": sum(flat(rows, "exact")), "n": sum(flat(rows, "asked")), "full_exact": sum(flat(rows, "full_exact"))}
-    if asked := [row for row in rows if row.get("later_exact") is not None]:  # not of a pass, nor of texts without questions
-        found |= {"later_exact": sum(flat(asked, "later_exact")), "later_logprob": float(np.mean(flat(asked, "later_logprob")))}
-    found["top1_agree"] = float(np.mean(flat(rows, "top1_agree")))
-    for name in (name for name in ("kl", "loss", "answer_logprob") if flat(rows, name)):
-        value = over_texts(flat(rows, name))
-        found |= {name: value.value}
-        if value.n > 1:
-            found |= {f"{name}_lo": value.low, f"{name}_hi": value.high, f"{name}_n": value.n}
-    if rows[0]["family"] != "baseline" and chance:
+    found |= {"commits": sorted({row.get("commit") or "" for row in rows}), "dirty": any(row.get("dirty") for row in rows)}
+    found |= {"measured_s": sum(row.get("measured_s") or 0 for row in rows), "top1_agree": float(np.mean(flat(rows, "top1_agree")))}
+    found |= means(rows, "kl") | means(rows, "loss") | answers([row for row in rows if (row["task"], row["context"]) in mastered])
+    found |= means([row for row in rows if (row["task"], row["context"]) not in mastered], "answer_logprob", "hard_logprob")
+    if rows[0]["family"] != "baseline" and chance and comparable(rows, chance):
         theirs = {(row["batch"], b): kl for row in chance for b, kl in enumerate(row["kl"])}
         both = [(kl, theirs[row["batch"], b]) for row in rows for b, kl in enumerate(row["kl"]) if (row["batch"], b) in theirs]
         if len(both) > 1:
             found["beats_random"] = paired_difference([mine for mine, _ in both], [theirs for _, theirs in both]).high < 0
     return found
+
+
+def answers(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """What was answered, with the question known when the context was compressed, and with questions that came later."""
+    if not sum(flat(rows, "asked")):
+        return {}
+    found = {"needles_exact": sum(flat(rows, "exact")), "n": sum(flat(rows, "asked")), "full_exact": sum(flat(rows, "full_exact"))}
+    if asked := [row for row in rows if row.get("later_exact") is not None]:  # not of a pass
+        found |= {"later_exact": sum(flat(asked, "later_exact")), "later_logprob": float(np.mean(flat(asked, "later_logprob")))}
+    return found | means(rows, "answer_logprob")
+
+
+def means(rows: list[dict[str, Any]], name: str, called: str = "") -> dict[str, Any]:
+    """The mean of a figure over texts, with its interval where there are several; nothing where no text has it."""
+    if not (values := flat(rows, name)):
+        return {}
+    value, called = over_texts(values), called or name
+    ends = {f"{called}_lo": value.low, f"{called}_hi": value.high, f"{called}_n": value.n} if value.n > 1 else {}
+    return {called: value.value} | ends
+
+
+def comparable(rows: list[dict[str, Any]], chance: list[dict[str, Any]]) -> bool:
+    """Whether a method uses about as many bytes as random rows do, of the kind that it is budgeted by."""
+    kind = rows[0].get("budgeted_by") or "held"
+    mine, theirs = (float(np.mean([row[kind] for row in some])) for some in (rows, chance))
+    return mine <= theirs * ALIKE
 
 
 def flat(rows: list[dict[str, Any]], name: str) -> list[Any]:

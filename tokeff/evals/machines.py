@@ -31,8 +31,7 @@ class Machine:
 
 H200 = Machine("H200", 4.8e12, 989e12, 2, "NVIDIA H200 SXM data sheet: 4.8 TB/s; bfloat16 1,979 TFLOPS with sparsity, half of it without")
 V5E = Machine("TPU v5e", 819e9, 197e12, 2, "Google Cloud TPU v5e, key chip specifications: 819 GB/s, 197 TFLOPS in bfloat16")
-CPU = Machine("2-core CPU", 32e9, 165e9, 4, "measured: best read of benchmarks/cpu.json, best of 400 products of 768 x 768 matrices")
-MACHINES = (CPU, V5E, H200)
+MACHINES = (V5E, H200)  # of a CPU it would be wrong: products of few rows run at a fraction of its peak (`tokeff bench verify-cost`)
 
 
 @dataclass(frozen=True)

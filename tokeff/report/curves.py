@@ -1,4 +1,5 @@
-"""Many methods at several budgets: a line a method, a few methods a panel, all others behind them in grey."""
+"""Many methods at several budgets: a line a method, a few methods a panel, all others behind them in grey. A method with one setting is a
+point, in panels of such methods."""
 
 import math
 from collections.abc import Sequence
@@ -19,20 +20,25 @@ TICKS = (0.05, 0.1, 0.25, 0.5, 1.0)
 BEHIND = {"Random": "--", "Recent": ":", "RandomPatches": "--", "RandomPatches, in place": ":"}
 """Baselines that every panel shows, and their dashes."""
 WHOLE = "Full"
+ALL = 0.99  # what holds, or reads, as much as the full cache says nothing about holding, or reading, less
 
 
 def draw_curves(rows: Sequence[dict[str, Any]], figure: Curves, names: dict[str, str], percent: Sequence[str]) -> Drawing | None:
-    """Panels of methods from the best to the worst, at the context length with the most rows; None where no method has two budgets."""
+    """Panels of methods from the best to the worst, at the context length with the most rows; None where no method has two budgets. Against
+    bytes held stand those that hold less than all."""
     lengths = [number(row.get("context")) or 0 for row in rows]
     longest = max(lengths, key=lengths.count, default=0)
     rows = [row for row, length in zip(rows, lengths) if length == longest]
     lines = {name: line(rows, name, figure) for name in dict.fromkeys(row["method"] for row in rows)}
-    lines = {name: xy for name, xy in lines.items() if len(xy[0]) > 1}
-    whole = line(rows, WHOLE, figure)[1]  # what all is compared with has no budgets: a level
-    shown = sorted((name for name in lines if name not in BEHIND), key=lambda name: standing(lines[name], figure), reverse=figure.high)
+    whole = lines.pop(WHOLE, (np.array([]), np.array([])))[1]  # what all is compared with has no budgets: a level
+    lines = {name: xy for name, xy in lines.items() if len(xy[0]) and xy[0].min() < ALL}
+    usual = common(rows, [name for name, xy in lines.items() if len(xy[0]) > 1])
+    ranks = {name: standing(line(usual, name, figure), figure) for name in lines}
+    shown = sorted((name for name in lines if name not in BEHIND), key=lambda name: ranks[name], reverse=figure.high)
+    shown, points = ([name for name in shown if (len(lines[name][0]) > 1) == several] for several in (True, False))
     if not shown:
         return None
-    groups = [shown[i : i + IN_A_PANEL] for i in range(0, len(shown), IN_A_PANEL)]
+    groups = [some[i : i + IN_A_PANEL] for some in (shown, points) for i in range(0, len(some), IN_A_PANEL)]
     across = min(3, len(groups))
     down = math.ceil(len(groups) / across)
     drawing = Drawing(figsize=(4.6 * across, 3.9 * down), dpi=144, layout="constrained")
@@ -55,8 +61,16 @@ def draw_curves(rows: Sequence[dict[str, Any]], figure: Curves, names: dict[str,
 
 def line(rows: Sequence[dict[str, Any]], method: str, figure: Curves) -> tuple[np.ndarray, np.ndarray]:
     """(x, y) of a method's rows, by x."""
-    points = sorted((number(row[figure.x]) or 0.0, number(row[figure.y]) or 0.0) for row in rows if row["method"] == method)
+    found = [(number(row.get(figure.x)), number(row.get(figure.y))) for row in rows if row["method"] == method]
+    points = sorted((x, y) for x, y in found if x is not None and y is not None)
     return np.array([x for x, _ in points]), np.array([y for _, y in points])
+
+
+def common(rows: Sequence[dict[str, Any]], methods: Sequence[str]) -> Sequence[dict[str, Any]]:
+    """The rows at budgets that all of these methods have, and all rows of other methods; every row where they have none in common."""
+    budgets = [{row.get("budget") for row in rows if row["method"] == name} for name in methods]
+    shared = set.intersection(*budgets) if budgets else set()
+    return [row for row in rows if row["method"] not in methods or row.get("budget") in shared] if shared else rows
 
 
 def standing(xy: tuple[np.ndarray, np.ndarray], figure: Curves) -> float:

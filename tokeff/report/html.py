@@ -88,9 +88,9 @@ def _kept_share(kept: Kept) -> str:
 
 
 def facts(rows: Sequence[dict[str, Any]]) -> list[Fact]:
-    """Return what a reader should know first, at the longest context; only what the rows can say."""
-    longest = max((number(row.get("context")) or 0.0 for row in rows), default=0.0)
-    rows = [row for row in rows if (number(row.get("context")) or 0.0) == longest]
+    """Return what a reader should know first, at the context with the most texts, or the longest; only what the rows can say."""
+    most = max(rows, key=lambda row: (number(row.get("kl_n")) or 0.0, number(row.get("context")) or 0.0), default={})
+    rows = [row for row in rows if number(row.get("context")) == number(most.get("context"))]
     full = next((row for row in rows if is_method(row, "full")), {})
     compared = [row for row in rows if row.get("family") != "baseline"]
     found = [_full(full), _closest(compared), _smallest(compared), _fastest(compared, full), _weak(compared), *_drafts(compared)]
@@ -112,8 +112,10 @@ def _speed(speed: float | None) -> str:
 
 
 def _closest(rows: Sequence[dict[str, Any]]) -> Fact | None:
-    """Return the lossy row with the smallest KL to the full cache."""
-    best = _least([row for row in rows if row.get("lossless") is False and within_budget(row)], "kl")
+    """Return the lossy row with the smallest KL to the full cache, at the budget of most rows, the smallest of several."""
+    given = [budget for row in rows if (budget := number(row.get("budget"))) is not None]
+    usual = max(sorted(set(given)), key=given.count, default=None)
+    best = _least([row for row in rows if row.get("lossless") is False and number(row.get("budget")) == usual and within_budget(row)], "kl")
     if best is None:
         return None
     detail = f"KL {digits(number(best['kl']) or 0.0)} nats{_bytes(best)}"
@@ -142,9 +144,10 @@ def _fastest(rows: Sequence[dict[str, Any]], full: dict[str, Any]) -> Fact | Non
 
 
 def _weak(rows: Sequence[dict[str, Any]]) -> Fact | None:
-    """Return how many methods the random baseline holds its own against."""
+    """Return how many methods the random baseline holds its own against at every budget."""
     judged = [row for row in rows if isinstance(row.get("beats_random"), bool)]
-    weak = list(dict.fromkeys(clean(row["method"]) for row in judged if not row["beats_random"]))
+    better = {row["method"] for row in judged if row["beats_random"]}
+    weak = list(dict.fromkeys(clean(row["method"]) for row in judged if row["method"] not in better))
     return Fact(f"{len(weak)} of {len({row['method'] for row in judged})}", f"methods marked {NOT_BETTER}",
                 ", ".join(weak) or "all beat random rows at the same budget") if judged else None  # fmt: skip
 
@@ -179,12 +182,12 @@ def _bytes(row: dict[str, Any], name: str | None = None) -> str:
 
 def warnings(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Return what weakens the comparison."""
-    commits = {row.get("commit") for row in rows}
+    commits = {commit for row in rows for commit in row.get("commits", [row.get("commit")])}
     told = []
-    if len(commits) > 1:
-        told.append(f"The rows were measured at {len(commits)} commits: rerun with --fresh to compare them.")
-    if any(row.get("commit") and row.get("dirty") for row in rows):
+    if len(known := commits - {None, ""}) > 1:
+        told.append(f"The rows were measured at {len(known)} commits; those with the settings of today stand.")
+    if any(row.get("dirty") for row in rows):
         told.append("Some rows were measured with uncommitted changes: the commit does not say which code made them.")
-    if None in commits:
+    if commits & {None, ""}:
         told.append("The commit is unknown: this copy of tokeff was not run from a checkout.")
     return told

@@ -89,10 +89,15 @@ def _measure(experiment, context: Any, keys: list[str], done: set[str], appender
             appender.add(key, row, measured_at=now, measured_s=seconds, **stamp)
 
 
+def summed(experiment, folder: RunFolder, keys: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """The lines of the table: of what was measured with the settings of the experiment."""
+    by_key = {row["key"]: row for row in folder.rows() if experiment.stands(row)}
+    return list(experiment.summary([by_key[key] for key in keys or experiment.keys() if key in by_key]))
+
+
 def finish(folder: RunFolder, experiment, keys: Sequence[str]) -> None:
     """Write table, plots and report from the rows in the folder."""
-    by_key = {row["key"]: row for row in folder.rows() if experiment.stands(row)}
-    rows = list(experiment.summary([by_key[key] for key in keys if key in by_key]))
+    rows = summed(experiment, folder, keys)
     with waiting("drawing the report"):
         shown = table.build(rows)
         folder.write("table.md", table.markdown(shown))
