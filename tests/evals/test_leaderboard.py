@@ -14,7 +14,6 @@ from tokeff.evals.fidelity import Encoded, Reader
 from tokeff.evals.leaderboard import Batch, Leaderboard, Texts, averaged, entries, name_of, ranked
 from tokeff.generation import Setup
 from tokeff.kv import methods as kv
-from tokeff.kv.policy import Full
 from tokeff.listing import find, methods
 from tokeff.models.config import Precision
 from tokeff.models.load import Model
@@ -140,7 +139,7 @@ def test_a_batch_is_measured_as_its_texts_alone():
     rng = np.random.default_rng(0)
     ids = lambda n: tuple(rng.integers(0, tiny.CFG.V, n).tolist())  # noqa: E731
     texts = [Encoded(ids(48), (ids(a), ids(a + 1)), (ids(2), ids(b)), ids(9), ()) for a, b in ((4, 3), (6, 5))]
-    for policy in (Full(), kv.snapkv(0.5, window=6), kv.h2o(0.5)):
+    for policy in (kv.snapkv(0.5, window=6), kv.h2o(0.5)):
         setup = Setup(policy)
         both = Reader(m, *texts, evidence=policy.needs())
         for b, (quality, later) in enumerate(zip(both.qualities(setup), both.later(setup), strict=True)):

@@ -117,8 +117,10 @@ def pixels_of(task, a, b) -> list[Pixels]:
 @pytest.mark.parametrize(
     ("task", "reduce"),
     [
-        ("row", None), ("scan", None), ("motion", None), ("pair", FasterVLM(9)), ("pair", CDPruner(7)), ("scan", RandomPatches(9)),
-        ("scan", VisionZip(6, 3)), ("motion", DyCoke()),
+        *(("row", None), ("pair", CDPruner(7)), ("scan", RandomPatches(9)), ("motion", DyCoke())),
+        *(pytest.param(*given, marks=pytest.mark.proof) for given in (
+            ("scan", None), ("motion", None), ("pair", FasterVLM(9)), ("scan", VisionZip(6, 3)),
+        )),
     ],
 )  # fmt: skip
 def test_what_stands_before_an_answer_is_what_generate_reads(llava, stuff, task, reduce):

@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+import tiny
 from kernel_calls import assert_close, params, ragged
 from kernel_proofs import TRITON, check_choice, check_gradients, check_kernel, compiled_for_tpu, exported, mesh, naive, refused, run
 
@@ -126,7 +127,7 @@ def test_what_cannot_be_done_is_said_in_one_line():
 
 @pytest.mark.aot
 @pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache")
-@pytest.mark.parametrize("generation", ["v5e", "v6e"])
+@pytest.mark.parametrize("generation", tiny.sampled(["v5e", "v6e"], ("v5e",)))
 @pytest.mark.parametrize("case", cases.ACCELERATOR[::2], ids=lambda case: case.name)
 def test_tpu_kernel_compiles(case, generation):
     """K and V of the cache go into the kernel as they are stored: no copy to another layout."""
