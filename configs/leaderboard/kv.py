@@ -11,6 +11,7 @@ from tokeff.evals.leaderboard import Batch, Leaderboard, entries
 from tokeff.listing import methods
 
 BUDGETS = (0.5, 0.25, 0.125, 0.0625)
+SPEEDS = "experiments/results/kv_speed"  # of configs/leaderboard/kv_speed.py, at a budget of 12.5%
 # Texts of 2,048 tokens: needles of five kinds, each asked for; look-alike needles, of which one is asked for; and chains of names.
 # Then longer ones. SmolLM2 follows no chain: there the log-probability of the right answer ranks.
 FULL = (
@@ -27,4 +28,4 @@ def experiment(suite: str = "full") -> Leaderboard:
     listed = [m for m in methods() if m.part != "decode" and (m.name == "Full" or not m.lossless) and m.name not in idle]
     if suite == "smoke":
         return Leaderboard(name="kv-smoke", rows=entries(listed, (0.25,)), batches=(Batch("single_needle", 384, n=2, ahead=16),))
-    return Leaderboard(name="kv", rows=entries(listed, BUDGETS), batches=FULL, own=(0.25, 0.0625))
+    return Leaderboard(name="kv", rows=entries(listed, BUDGETS), batches=FULL, own=(0.25, 0.0625), speeds=SPEEDS)

@@ -1,5 +1,6 @@
 """A leaderboard averages over texts, compares text by text with random rows, and resumes by whole texts."""
 
+import json
 from pathlib import Path
 
 import jax
@@ -17,6 +18,7 @@ from tokeff.kv import methods as kv
 from tokeff.listing import find, methods
 from tokeff.models.config import Precision
 from tokeff.models.load import Model
+from tokeff.report.folder import RunFolder
 
 pytestmark = pytest.mark.core
 CONFIG = Path(__file__).parents[2] / "configs" / "leaderboard" / "kv.py"
@@ -74,6 +76,19 @@ def test_who_uses_more_bytes_is_not_said_to_beat_random_rows():
 def test_rows_of_several_commits_say_so():
     found = averaged([row("SnapKV", 0, (0.4,), commit="a", dirty=True), row("SnapKV", 1, (0.4,), commit="b")], None, ALL)
     assert found["commits"] == ["a", "b"] and found["dirty"]
+
+
+def test_speeds_of_another_run_stand_beside_their_budget(tmp_path):
+    times = {"method": "SnapKV", "budget": 0.25, "step_ms": 2.0, "dense_ms": 3.0, "of_dense": 1.5, "of_floor": 0.5, "overhead_ms": 0.1}
+    folder = RunFolder(tmp_path / "speeds")
+    folder.start("x", {}, {})
+    lines = [{"key": f"SnapKV/{n}", **times, "context": n, "step_ms": ms} for n, ms in ((64, 4.0), (128, 2.0))]
+    (folder.path / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    board = Leaderboard("b", (line("Full"), line("SnapKV", budget=0.25)), speeds=str(folder.path))
+    with_times, without = board.summary([row("SnapKV", 0, (0.4,)), row("SnapKV", 0, (0.4,), budget=0.5)])
+    assert (with_times["of_dense"], with_times["pays_from"], with_times["overhead_ms"]) == (1.5, "96", 0.1) and "of_dense" not in without
+    assert board.identity() == Leaderboard("b", (line("Full"),)).identity()
+    assert "of_dense" not in Leaderboard("b", (line("Full"),), speeds=str(tmp_path)).summary([row("SnapKV", 0, (0.4,))])[0]
 
 
 def test_one_text_has_no_interval():

@@ -76,18 +76,22 @@ class Crossover(Experiment):
 
     def summary(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """A line a measurement, the longest contexts first; theirs say where a method starts to pay."""
-        rows = sorted(rows, key=lambda row: row["context"])
-        first = {row["method"]: row for row in reversed(rows)}
-        last = {row["method"]: row for row in rows}
-        told = {name: {"pays_from": pays_from(first[name], row)} for name, row in last.items() if name != BASE}
-        said = [row | (told.get(row["method"], {}) if row is last[row["method"]] else {}) for row in rows]
-        return sorted(said, key=lambda row: -row["context"])
+        last = longest(rows)
+        there = {(row["method"], row["context"]) for row in last}
+        return [*last, *(row for row in rows if (row["method"], row["context"]) not in there)]
 
     def report(self) -> tuple[Figure, ...]:
         return (
             Bars("of_dense", "Speed of decoding, dense decoding = 1", reference=BASE),
             Bars("overhead_ms", "Milliseconds of a step beyond reading as many bytes and deciding nothing"),
         )
+
+
+def longest(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Every method at its longest context, and from which context on it pays."""
+    rows = sorted(rows, key=lambda row: row["context"])
+    first, last = ({row["method"]: row for row in some} for some in (reversed(rows), rows))
+    return [row | ({} if name == BASE else {"pays_from": pays_from(first[name], row)}) for name, row in last.items()]
 
 
 def pays_from(short: dict[str, Any], long: dict[str, Any]) -> str:

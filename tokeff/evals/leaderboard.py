@@ -18,6 +18,7 @@ from tokeff.data.haystack import encoder
 from tokeff.errors import UserError
 from tokeff.evals.comparison import BASE, CHANCE, Line, budget_of, compile_cache, fitting, line, settled
 from tokeff.evals.cost import dense_bytes, read_bytes
+from tokeff.evals.crossover import longest
 from tokeff.evals.fidelity import RANKED_AT, Encoded, Quality, Reader, encode_example
 from tokeff.evals.stats import Interval, bootstrap_mean, mean, paired_difference
 from tokeff.experiment import Experiment
@@ -27,7 +28,8 @@ from tokeff.kv.extend import pack
 from tokeff.kv.policy import tree_bytes
 from tokeff.listing import Method, find
 from tokeff.models.load import Model, load
-from tokeff.report.figures import Curves, Figure
+from tokeff.report.figures import Curves, Figure, Scatter
+from tokeff.report.folder import RunFolder
 
 ALIKE = 1.1  # so many times the bytes of random rows may a method use that is said to beat them
 
@@ -66,6 +68,8 @@ class Leaderboard(Experiment):
     """What is read."""
     own: tuple[float, ...] = (0.25,)
     """Budgets of rows with a prefill of their own, which cannot share the dense one."""
+    speeds: str | None = None
+    """The folder of a run of configs/leaderboard/kv_speed.py: what it measured stands beside rows of the same budget, if it is there."""
 
     def settled(self) -> Leaderboard:
         return replace(self, rows=settled(self.rows, self.model))
@@ -78,7 +82,7 @@ class Leaderboard(Experiment):
             raise UserError(f"a leaderboard needs the row {BASE!r} to compare with; add line({BASE!r})")
 
     def identity(self) -> Leaderboard:
-        return replace(self, rows=())
+        return replace(self, rows=(), speeds=None)
 
     def stands(self, measured: dict[str, Any]) -> bool:
         return any(measured.get("settings") == repr(row) for row in self.rows)
@@ -110,12 +114,15 @@ class Leaderboard(Experiment):
         for row in rows:
             groups.setdefault((row["method"], row["budget"], row["context"]), []).append(row)
         chance, mastered = {(k[1], k[2]): g for k, g in groups.items() if k[0] == CHANCE}, ranked(rows)
-        return [averaged(group, chance.get((k[1], k[2])), mastered) for k, group in sorted(groups.items(), key=lambda g: g[0][2])]
+        found = [averaged(group, chance.get((k[1], k[2])), mastered) for k, group in sorted(groups.items(), key=lambda g: g[0][2])]
+        times = timed(self.speeds)
+        return [row | times.get((row["method"], row["budget"]), {}) for row in found]
 
     def report(self) -> tuple[Figure, ...]:
         return (
             Curves("held", "kl", "Distance from the full cache against bytes held", log_y=True),
             Curves("read", "kl", "Distance from the full cache against bytes read per step", log_y=True),
+            Scatter("of_dense", "kl", "Distance from the full cache against speed, dense decoding = 1", log_y=True),
             Curves("held", "answer_logprob", "Log-likelihood of the right answer against bytes held, question known", high=True),
             Curves("held", "later_logprob", "The same, question asked after the context was compressed", high=True),
         )
@@ -185,6 +192,14 @@ class Texts:
             "kl": [float(q.kl(b).mean()) for q, b in zip(mine, base, strict=True)],
             "top1_agree": [float(q.top1(b).mean()) for q, b in zip(mine, base, strict=True)],
         }  # fmt: skip
+
+
+def timed(folder: str | None) -> dict[tuple[str, float | None], dict[str, Any]]:
+    """{(method, budget): what a run of configs/leaderboard/kv_speed.py measured at its longest context}; nothing without such a run."""
+    if folder is None or not RunFolder(folder).exists():
+        return {}
+    told = ("of_dense", "of_floor", "overhead_ms", "pays_from")
+    return {(row["method"], row["budget"]): {name: row[name] for name in told if name in row} for row in longest(RunFolder(folder).rows())}
 
 
 def ranked(rows: Sequence[dict[str, Any]]) -> set[tuple[str, int]]:
