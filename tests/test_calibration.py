@@ -282,7 +282,7 @@ def test_a_run_records_what_it_measured(folder, tmp_path, monkeypatch):
 
     def measured(board, key):
         row = next(row for row in board.rows if key.startswith(row.method))
-        return {"method": row.method, "context": 64, "calibrated": row.calibrated, "settings": repr(row), "batch": 0} | {
+        return {"method": row.method, "task": "any", "context": 64, "calibrated": row.calibrated, "settings": repr(row), "batch": 0} | {
             "family": "sparse", "lossless": False, "budgeted_by": "read", "budget": 0.5, "held": 1.0, "read": 0.5, "top1_agree": [1.0],
             "exact": [1], "asked": [1], "full_exact": [1], "loss": [1.0], "answer_logprob": [-1.0], "kl": [0.1],
         }  # fmt: skip

@@ -45,7 +45,7 @@ OWN = {
     "S2-Attention": {"block": 8, "near": 1, "stride": 4, "dense": 0},
     "Video-XL-2": {"block": 8, "size": 1, "dense": 0},
     "CacheBlend": {"chunk": 16, "share": 0.2, "dense": 4},
-    "ShadowKV": {"budget": 0.25},  # its local chunks are half of so short a prompt
+    "ShadowKV": {"budget": 0.2},  # its local chunks are half of so short a prompt
     "LServe": {"budget": 0.6},  # room for the recent rows that drafts need
     "TopK": {"budget": 0.25},  # at half of the rows it loses nothing; nor does a vote
     "TokenSelect": {"budget": 0.3},

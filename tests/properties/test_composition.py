@@ -57,7 +57,7 @@ def test_policy_over_a_pass_decodes(kv, cut):
                     assert len(set(orders)) == len(orders) and orders[-1] == int(p.next_B[b]) + t
 
 
-@pytest.mark.parametrize("name", listed("kv"))
+@pytest.mark.parametrize("name", tiny.sampled(listed("kv"), runs.attending()))
 def test_drafts_under_a_policy_equal_one_token_decoding_under_it(name):
     """Tree drafts, ragged batch; evicting policies in blocks, compared with one-token decoding that evicts at the same boundaries."""
     s = runs.decoded(kv=name, decode="TokenRecycling", kind="fast")

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -167,6 +168,7 @@ def test_equal_settings_compile_once(name):
 def test_every_method_saves_and_loads(name, tmp_path):
     """The choices come back equal from JSON, and the arrays to the bit."""
     m, setup, p = runs.model(), Setup(**part(name)), runs.prompt_of(name, "small", "single")
+    setup = replace(setup, kv=setup.kv.plan(tiny.only(setup.kv, p).layers, tiny.CFG))
     layers = steps(name if method(name).part != "decode" else "Full", form="single").packed
     if setup.decode.nodes > 1:
         layers = pack(setup.kv, tiny.only(setup.kv, p).layers, setup.room(tiny.NEW), tiny.CFG)

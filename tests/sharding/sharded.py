@@ -142,9 +142,18 @@ def generated(m: Model, name: str, rows=None) -> tuple[Prompt, Decoding]:
         prompt, s = begun_apart(name)
         if type(setup(name).decode).drive is not Drafter.drive:
             return prompt, driven(name)[0]
-        return prompt, loop(name)(m.params, jax.tree.map(jnp.copy, s), jnp.int32(NEW))  # what `go` would compile again
+        return prompt, loop(name)(m.params, copied(s), jnp.int32(NEW))  # what `go` would compile again
     prompt, s = begun(m, name, rows)
     return prompt, go(m, s, setup(name), NEW, ())
+
+
+def copied(state):
+    """The same numbers in the same places, without a program to copy each shape."""
+
+    def copy(x):
+        return jnp.copy(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else jax.device_put(np.asarray(x), x.sharding)
+
+    return jax.tree.map(copy, state)
 
 
 def loop(name: str) -> jax.stages.Compiled:
@@ -180,7 +189,7 @@ def driven(name: str) -> tuple[Decoding, list[str]]:
             for key, value in list(vars(module).items()):
                 if isinstance(value, type(run)):
                     patch.setattr(module, key, Recorded(value, texts))
-        return go(m, jax.tree.map(jnp.copy, begun_apart(name)[1]), parts, NEW, ()), list(texts)
+        return go(m, copied(begun_apart(name)[1]), parts, NEW, ()), list(texts)
 
 
 @cache
