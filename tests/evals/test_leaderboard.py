@@ -109,7 +109,7 @@ def test_a_text_without_questions_is_measured_by_what_follows_it():
     policy = kv.snapkv(0.5, window=6)
     measured = Texts(m, Reader(m, text)).figures(Line("SnapKV", kv=policy)) | {"batch": 0, "context": 64, "task": "multi_question"}
     found = averaged([measured], None, ALL)
-    assert found["kl"] > 0 and found["n"] == 0 and not {"later_logprob", "answer_logprob"} & set(found)
+    assert found["kl"] > 0 and not {"n", "later_logprob", "answer_logprob"} & set(found)
 
 
 def test_a_prefill_in_pieces_is_timed_by_itself():

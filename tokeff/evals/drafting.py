@@ -237,12 +237,12 @@ def with_draft(row: Drafted, d: Model) -> Drafted:
 
 
 def elsewhere(drafter: Drafter, work: Work, batch: int, found: dict[str, Any]) -> dict[str, Any]:
-    """On which machines drafting would pay, by arithmetic: of drafters alone that find their drafts in text, whose cost is not the model's,
-    and that carry all their rows in every pass."""
-    if drafter.own_layers or isinstance(drafter, OwnModel) or found["draft_ms"] < 0 or drafter.nodes == 1:
+    """On which machines drafting would pay, by arithmetic: of drafters alone that find their drafts in text, whose cost is not the model's.
+    Where passes were narrower than all rows, what that saved here is not taken for a gain there."""
+    if drafter.own_layers or isinstance(drafter, OwnModel) or drafter.nodes == 1:
         return {}
-    on = {x.name: machines.ratio(x, work, drafter.nodes, batch) for x in MACHINES}
-    return {"on": on, "pays_on": ", ".join(name for name, tn in on.items() if tn < found["break_even"]) or "none"}
+    on, level = {x.name: machines.ratio(x, work, drafter.nodes, batch) for x in MACHINES}, min(found["break_even"], found["mat"])
+    return {"on": on, "pays_on": ", ".join(name for name, tn in on.items() if tn < level) or "none"}
 
 
 @dataclass(eq=False)
