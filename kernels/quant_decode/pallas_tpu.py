@@ -9,8 +9,8 @@ after their maximum a second one adds up the values. Running maximum, sum and (R
 Which blocks are fetched is a scalar-prefetched table, as in decode_attention's kernel: one that nobody can see is not read.
 
 That is how XLA lays codes out whose Z is below 128, so nothing is copied on the way in. Codes of 128 bytes a row (8 bits at H = 128) have
-Z along the lanes, and XLA copies them on every call: read, written and read again they move 3 bytes a number, where bfloat16 rows move 2. There
-int8 saves memory and no time.
+Z along the lanes, and XLA copies them on every call: read, written and read again they move 3 bytes a number, where bfloat16 rows move 2:
+int8 then saves memory and no time.
 
 HBM bytes: for each (B, K) and row read, 2 * H * bits / 8 of codes, 4 * Q * itemsize and 4 for the order; 2 * H * itemsize a page.
 The 5 operations a number (shift, mask, conversion, product, sum) bound a v5e at 4 bits sooner than its memory does.
