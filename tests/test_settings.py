@@ -5,6 +5,7 @@ from math import ceil
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from oracles import classes, merging, retelling, scores
 from oracles import model as oracle
 from oracles import policies as rules
@@ -248,7 +249,10 @@ def test_every_keeping_method_is_here():
     assert kept <= set(KEPT)
 
 
-@pytest.mark.parametrize("name", KEPT)
+QUICK = ("SnapKV", "KVzip", "CompressKV", "StreamingLLM", "Knorm", "DuoAttention", "ThinK")  # oracles of seconds
+
+
+@pytest.mark.parametrize("name", tiny.sampled(KEPT, QUICK))
 def test_paper_numbers_keep_the_oracles_rows(name):
     make, asking, cfg = KEPT[name]
     paper = find(name).settings("paper")

@@ -97,7 +97,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+PLAINLY = [name for name in CASES if "," not in name and name not in ("a2sf in blocks", "tova in blocks")]
+
+
+@pytest.mark.parametrize("name", tiny.sampled(CASES, PLAINLY))
 def test_policy_equals_its_oracle(name):
     policy, make = CASES[name]
     agree(policy, caches(make))

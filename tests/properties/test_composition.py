@@ -37,7 +37,7 @@ def test_every_combination_is_possible_or_refused_at_once(kv):
 # One pass of each kind: rows dropped half-way up, for every policy; a prompt that begins anew, for a few.
 @pytest.mark.parametrize(
     ("kv", "cut"),
-    [pytest.param(*p.values, runs.UNDER_ALL, marks=p.marks) for p in listed("kv")]
+    [pytest.param(*p.values, runs.UNDER_ALL, marks=p.marks) for p in tiny.sampled(listed("kv"), runs.attending())]
     + [
         pytest.param(kv, cut, marks=pytest.mark.xdist_group(cut))
         for kv in ("Full", "H2O", "Quest") for cut in NAMES["cut"] if cut != runs.UNDER_ALL

@@ -5,6 +5,7 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+import tiny
 
 from tokeff import sharding
 from tokeff.collectives import collectives
@@ -40,7 +41,10 @@ def aot():
     return module
 
 
-@pytest.mark.parametrize("name, data, model", [("Full", 1, 8), *((name, 2, 4) for name in POLICIES)])
+EVERY = [pytest.param(name, 2, 4) for name in POLICIES]
+
+
+@pytest.mark.parametrize(("name", "data", "model"), [("Full", 1, 8), *tiny.sampled(EVERY, ("Full", "AdaKV", "H2O"))])
 def test_8b_decode_step(aot, name, data, model):
     compiled, params, s = aot.compile_step(CFG, POLICIES[name], sharding.mesh(data, model, aot.chips()), B=B, S=S, new=NEW)
     memory, text = compiled.memory_analysis(), compiled.as_text()
