@@ -83,7 +83,7 @@ def test_matrices_of_blocks_move_by_orthogonal_steps():
     weights = fresh_vit(cfg, 0)
     rule, rng = optimiser(1.0, 20, 0, 12, decay=0.0), np.random.default_rng(0)
     grads = jax.tree.map(lambda x: jnp.asarray(1e-3 * rng.normal(size=x.shape), x.dtype), weights)
-    update, _ = rule.update(grads, rule.init(weights), weights)
+    update, _ = jax.jit(rule.update)(grads, jax.jit(rule.init)(weights), weights)
     shapes = {"q_NHD": (8, 8), "o_DNH": (8, 8), "up_FD": (12, 8), "down_DF": (8, 12)}
     for name, shape in shapes.items():
         value = np.linalg.svd(np.reshape(getattr(update.blocks[0], name), shape), compute_uv=False)

@@ -66,7 +66,8 @@ def test_sentences_are_the_same_however_a_text_arrives(cell, longest):
     rng, breaks = np.random.default_rng(0), Breaks(ENDS, cell, longest)
     ids = np.where(rng.random((3, 90)) < 0.3, rng.choice(ENDS, (3, 90)), 1)
     wanted = np.array([oracle.split(row, ENDS, cell, longest) for row in ids])
-    whole, _ = breaks.prompt(jnp.asarray(ids), jnp.ones(ids.shape, bool))
+    whole, _ = jax.jit(breaks.prompt)(jnp.asarray(ids), jnp.ones(ids.shape, bool))
+    follow = jax.jit(lambda s, tokens, order: breaks.follow(s, New(tokens, order, causal(order), None))[1:])  # type: ignore[arg-type]
     np.testing.assert_array_equal(whole, wanted)
     assert wanted.max() < breaks.most(90)
     for size in (1, 7):
@@ -75,8 +76,7 @@ def test_sentences_are_the_same_however_a_text_arrives(cell, longest):
             n = np.minimum(rng.integers(0, size + 1, 3), 90 - at)
             order = np.where(np.arange(size) < n[:, None], at[:, None] + np.arange(size), EMPTY).astype(np.int32)
             tokens = np.take_along_axis(ids, np.clip(order, 0, 89), axis=1)
-            new = New(jnp.asarray(tokens), jnp.asarray(order), causal(jnp.asarray(order)), None)  # type: ignore[arg-type]
-            _, number, s = breaks.follow(s, new)
+            number, s = follow(s, jnp.asarray(tokens), jnp.asarray(order))
             for b in range(3):
                 found[b] += np.asarray(number)[b, : n[b]].tolist()
             at += n
