@@ -96,7 +96,7 @@ def r2r(cfg: Config, length: int = 8, sure: float = 0.9, name: str = "small") ->
 
 
 def early_exit(exit: int = 8, length: int = 6) -> EarlyExit:
-    """LayerSkip's self-speculation (Elhoushi et al. 2024): the first layers draft, the others verify."""
+    """LayerSkip's self-speculation (Elhoushi et al. 2024): the first layers draft, the others verify. A mechanism, untuned."""
     return EarlyExit(exit=exit, length=length)
 
 
@@ -112,7 +112,8 @@ def swift(
 
 
 def dynamic_exit(exits: tuple[int, ...] = (4, 8, 12), lengths: tuple[int, ...] = (2, 4, 6), every: int = 8) -> DynamicExit:
-    """DEL (Entezari Zarch et al. 2025): early exit whose layer and length are chosen by what each would have been worth."""
+    """DEL (Entezari Zarch et al. 2025): early exit whose layer and length are chosen by what each would have been worth. A mechanism,
+    untuned."""
     return DynamicExit(exits, lengths, every)
 
 
