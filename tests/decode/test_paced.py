@@ -39,7 +39,7 @@ def test_the_text_is_that_of_plain_decoding_at_any_pace(name):
 
 
 def lowered(policy):
-    drafter = paced(RECYCLING, (1, 4), FREE)
+    drafter = paced(RECYCLING, (1, 4, 8), FREE)
     s = tiny.start(tiny.read(policy), policy, drafter, new=48)
     return s, run_paced.lower(tiny.params(), tiny.CFG, s, jnp.int32(5), policy=policy, drafter=drafter, how=GREEDY, eos=())
 

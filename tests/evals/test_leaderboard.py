@@ -36,6 +36,7 @@ def row(method, batch, kl, **more):
 
 
 ALL = {("multi_question", 64)}
+SNAPKV, H2O = kv.snapkv(0.5, window=6), kv.h2o(0.5)
 
 
 def test_every_budgeted_method_stands_at_every_budget():
@@ -148,21 +149,21 @@ def test_a_leaderboard_grows_and_measures_changed_rows_again():
     assert not Leaderboard("b", (line("SnapKV", budget=0.5, window=8),)).stands(measured)
 
 
-def test_a_batch_is_measured_as_its_texts_alone():
+@pytest.mark.parametrize("policy", tiny.sampled([kv.full(), SNAPKV, H2O], (SNAPKV, H2O)), ids=["Full", "SnapKV", "H2O"])
+def test_a_batch_is_measured_as_its_texts_alone(policy):
     """Unlike questions and answers in one batch, question known and not known, against one text at a time."""
     m = Model(tiny.CFG, tiny.params(), None, Precision("float32", "float32", "float32"), "tiny")
     rng = np.random.default_rng(0)
     ids = lambda n: tuple(rng.integers(0, tiny.CFG.V, n).tolist())  # noqa: E731
     texts = [Encoded(ids(48), (ids(a), ids(a + 1)), (ids(2), ids(b)), ids(9), ()) for a, b in ((4, 3), (6, 5))]
-    for policy in (kv.snapkv(0.5, window=6), kv.h2o(0.5)):
-        setup = Setup(policy)
-        both = Reader(m, *texts, evidence=policy.needs())
-        for b, (quality, later) in enumerate(zip(both.qualities(setup), both.later(setup), strict=True)):
-            alone = Reader(m, texts[b])
-            expected = alone.quality(setup)
-            np.testing.assert_allclose(quality.logprob, expected.logprob, atol=1e-3)
-            np.testing.assert_allclose(quality.nll, expected.nll, atol=1e-3)
-            np.testing.assert_allclose([p for _, p in later], [p for _, p in alone.later(setup)[0]], atol=1e-3)
+    setup = Setup(policy)
+    both = Reader(m, *texts, evidence=policy.needs())
+    for b, (quality, later) in enumerate(zip(both.qualities(setup), both.later(setup), strict=True)):
+        alone = Reader(m, texts[b])
+        expected = alone.quality(setup)
+        np.testing.assert_allclose(quality.logprob, expected.logprob, atol=1e-3)
+        np.testing.assert_allclose(quality.nll, expected.nll, atol=1e-3)
+        np.testing.assert_allclose([p for _, p in later], [p for _, p in alone.later(setup)[0]], atol=1e-3)
 
 
 def test_answers_of_one_token_are_read_from_the_prompt():

@@ -172,10 +172,15 @@ def test_exact_contexts_are_equal_to_the_bit_and_smaller(name, tmp_path):
     assert size["exact"] < size["plain"] and again.lossy is None
 
 
-def test_compact_contexts_answer_the_same_in_another_process(tmp_path):
+CODES_AND_PAGES = ("KIVI", "AdaKV")  # test_api.py sends the others from one process to another as they are
+OTHERS = tuple(name for name in POLICIES if name not in CODES_AND_PAGES)
+
+
+@pytest.mark.parametrize("names", tiny.sampled([CODES_AND_PAGES, OTHERS], [CODES_AND_PAGES]), ids=["codes and pages", "others"])
+def test_compact_contexts_answer_the_same_in_another_process(names, tmp_path):
     """Read in this process and in another: the same text, and the context says that it is lossy, also when it is saved again."""
     m, question, here = test_api.model(), [test_api.text(5, 2), test_api.text(3, 3)], {}
-    for name in ("KIVI", "AdaKV"):  # codes and pages; test_api.py sends the others from one process to another
+    for name in names:
         tokeff.compress(m, test_api.text(64), POLICIES[name](), room=24).save(tmp_path / name, compact=FINE)
         again = Compressed.load(m, tmp_path / name)
         here[name] = tokeff.generate(m, question, cache=again, max_new=12).tokens

@@ -106,7 +106,7 @@ class Filmed(Picked):
     def at_share(self, share: float, F: int, alike: Callable[[], np.ndarray]) -> Filmed | None:
         """It at the setting that leaves about this share of the rows of F frames, or at most it where the settings are few; None where none
         does. alike: cosines of rows with those of the next frame, of clips to go by."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not say at which setting it leaves a share of the rows; define at_share")
 
 
 @dataclass(frozen=True)
