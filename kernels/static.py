@@ -33,7 +33,7 @@ from tokeff.kernels.bench import OPS
 
 FILE = Path(__file__).with_name("static.json")
 TOPOLOGY = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
-TARGETS = ("v5e", "v6e", "triton")
+TARGETS = (*TOPOLOGY, "triton")
 MARGIN = 0.05  # by which a figure may grow unnoticed
 HELD = ("bundles", "spills", "temp_bytes", "operations")  # figures that should not grow
 # Several processes may hold the compiler at once; the others only quiet its log.
@@ -46,7 +46,7 @@ QUIET = {
 def main(args):
     """Command line. Figures that are there stay, unless they are named or --fresh is given."""
     p = Parser("python -m tokeff.kernels.static", description="Figures of the kernels from compilers alone.", allow_abbrev=False)
-    p.add_argument("--targets", nargs="+", choices=(*TOPOLOGY, "triton"), default=TARGETS, help="default: v5e v6e triton")
+    p.add_argument("--targets", nargs="+", choices=TARGETS, default=TARGETS, help=f"default: {' '.join(TARGETS)}")
     p.add_argument("--ops", nargs="+", default=sorted(OPS), help="ops (default: all)")
     p.add_argument("--cases", nargs="+", help="names of cases (default: those made for accelerators)")
     p.add_argument("--out", type=Path, default=FILE, help="file of the figures (default: kernels/static.json)")

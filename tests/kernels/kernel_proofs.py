@@ -5,14 +5,18 @@ from functools import partial
 
 import jax
 import numpy as np
+import pytest
+import tiny
 from jax import export
 from jax.experimental import topologies
 from jax.sharding import AxisType, SingleDeviceSharding
 from kernel_calls import assert_close
 
 from tokeff.kernels import cases, dispatch
+from tokeff.kernels.static import TOPOLOGY
 
 TRITON = "__gpu$xla.gpu.triton"
+GENERATIONS = tiny.sampled(TOPOLOGY, ("v5e",))
 
 
 def run(op, name, call, **more):
@@ -60,10 +64,10 @@ def naive(case, a, see, k=None, v=None):
 
 
 @functools.cache
-def tpu(generation):
-    """A device that only the compiler knows."""
-    shape = "2x2x1" if generation == "v5p" else "2x2"
-    return topologies.get_topology_desc(platform="tpu", topology_name=f"{generation}:{shape}").devices[0]
+def tpus(generation):
+    """Four devices that only the compiler knows."""
+    pytest.importorskip("libtpu", reason="libtpu, the TPU compiler, is not installed")
+    return topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGY[generation]).devices
 
 
 def public_call(module, public, case, implementation):
@@ -78,7 +82,7 @@ def public_call(module, public, case, implementation):
 
 def compiled_for_tpu(module, public, case, generation):
     """The text of the program that libtpu makes of the TPU kernel."""
-    on = SingleDeviceSharding(tpu(generation))
+    on = SingleDeviceSharding(tpus(generation)[0])
     structs = {n: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=on) for n, s in cases.structs(case).items()}
     return jax.jit(public_call(module, public, case, "pallas_tpu")).lower(structs).compile().as_text()
 

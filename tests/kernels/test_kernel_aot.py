@@ -1,14 +1,11 @@
 """The kernels through the real compilers, at real shapes, with no TPU and no GPU: libtpu compiles, CUDA lowers."""
 
-import functools
-
 import jax
 import numpy as np
 import pytest
-import tiny
 from jax import export
-from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from kernel_proofs import GENERATIONS, TRITON, tpus
 
 from tokeff.kernels import cases, column_mass, decode_attention
 from tokeff.kernels.cases import Case
@@ -20,13 +17,6 @@ pytestmark = [pytest.mark.aot, pytest.mark.filterwarnings("ignore:Error reading 
 
 OPS = {"decode_attention": (attention_cases, decode_attention), "column_mass": (mass_cases, column_mass)}
 EVERY = [pytest.param(op, case, id=f"{op}-{case.name}") for op in OPS for case in OPS[op][0].ACCELERATOR]
-TRITON = "__gpu$xla.gpu.triton"
-
-
-@functools.cache
-def tpu(generation):
-    pytest.importorskip("libtpu", reason="libtpu, the TPU compiler, is not installed")
-    return topologies.get_topology_desc(platform="tpu", topology_name=f"{generation}:2x2").devices
 
 
 def call(op, case, implementation=None, mesh=None):
@@ -48,10 +38,10 @@ def structs(case, sharding):
     return {n: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where[n]) for n, s in shapes.items()}
 
 
-@pytest.mark.parametrize("generation", tiny.sampled(["v5e", "v6e"], ("v5e",)))
+@pytest.mark.parametrize("generation", GENERATIONS)
 @pytest.mark.parametrize(("op", "case"), EVERY)
 def test_tpu_kernel_compiles(op, case, generation):
-    device = tpu(generation)[0]
+    device = tpus(generation)[0]
     compiled = jax.jit(call(op, case, "pallas_tpu")).lower(structs(case, SingleDeviceSharding(device))).compile()
     text = compiled.as_text()
     assert "tpu_custom_call" in text
@@ -93,7 +83,7 @@ def test_selection_the_tpu_kernel_refuses_goes_to_xla():
 
 @pytest.mark.parametrize("op", list(OPS))
 def test_kernels_compile_on_a_mesh_of_tpus(op):
-    mesh = Mesh(np.array(tpu("v5e")).reshape(2, 2), ("data", "model"))
+    mesh = Mesh(np.array(tpus("v5e")).reshape(2, 2), ("data", "model"))
     case = Case("mesh", B=4, T=4, N=8, K=4, C=1024, H=128, dtype="bfloat16")
     split = {"q": ("data", None, "model"), "lse": ("data", None, "model"), "k": ("data", "model")}
     split |= {"v": split["k"], "order": split["k"], "lo": ("data",), "hi": ("data",), "weight": ("data",)}

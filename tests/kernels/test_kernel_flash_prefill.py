@@ -4,9 +4,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 from kernel_calls import assert_close, params, ragged
-from kernel_proofs import TRITON, check_choice, check_gradients, check_kernel, compiled_for_tpu, exported, mesh, naive, refused, run
+from kernel_proofs import (
+    GENERATIONS,
+    TRITON,
+    check_choice,
+    check_gradients,
+    check_kernel,
+    compiled_for_tpu,
+    exported,
+    mesh,
+    naive,
+    refused,
+    run,
+)
 
 from tokeff.compat import interpret_tpu, races_found
 from tokeff.kernels import cases as kernel_cases
@@ -193,10 +204,9 @@ def test_what_cannot_be_done_is_said_in_one_line():
 
 @pytest.mark.aot
 @pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache")
-@pytest.mark.parametrize("generation", tiny.sampled(["v5e", "v6e"], ("v5e",)))
+@pytest.mark.parametrize("generation", GENERATIONS)
 @pytest.mark.parametrize("case", cases.ACCELERATOR[:3:2], ids=lambda case: case.name)
 def test_tpu_kernel_compiles(case, generation):
-    pytest.importorskip("libtpu", reason="libtpu, the TPU compiler, is not installed")
     assert "tpu_custom_call" in compiled_for_tpu(cases, flash_prefill, case, generation)
 
 

@@ -1,7 +1,6 @@
 """What every op of kernel_ops.py must show: each implementation against the definition, by interpretation and by the real compilers."""
 
 import dataclasses
-import functools
 import math
 import re
 from functools import partial
@@ -12,10 +11,10 @@ import kernel_ops
 import numpy as np
 import pytest
 from jax import export
-from jax.experimental import topologies
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 from kernel_calls import assert_close
 from kernel_ops import OPS, PUBLIC, SMALL, both, internal, naive, poisoned, public, structs
+from kernel_proofs import TRITON, tpus
 
 from tokeff.collectives import collectives
 from tokeff.compat import interpret_tpu, races_found
@@ -24,7 +23,6 @@ from tokeff.kernels.lowrank_scores.pallas_tpu import cos_sin
 
 BF16 = ("int4", "mean_wide", "rows", "tree", "blocks")  # cases whose TPU kernel also runs in bfloat16, where tiles are others
 PLAIN = ("tree", "groups", "all")  # those that plain interpretation and their neighbours cover; races take some ten times longer
-TRITON = "__gpu$xla.gpu.triton"
 STORED = {"quant_decode": "k", "page_scores": "low", "compact_rows": "k", "shared_prefix": "k"}  # the largest array of each
 quiet = pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache")  # of programs for TPUs that are not here
 
@@ -42,9 +40,13 @@ def in_turn(case):
 
 
 def real(*generations):
-    """The first real shape of each op, on every generation of TPU, and the last one on the first generation."""
+    """The first real shape of each op, on every generation of TPU, and the last one on the first generation. v5p is long proof."""
     found = [(op, at, *on) for op in OPS for at, on in (*((0, on) for on in generations), (-1, generations[0]))]
-    return [pytest.param(op, (case := PUBLIC[op][1].ACCELERATOR[at]), *on, id="-".join((op, case.name, *on))) for op, at, *on in found]
+    proof = {True: pytest.mark.proof, False: ()}
+    return [
+        pytest.param(op, (case := PUBLIC[op][1].ACCELERATOR[at]), *on, id="-".join((op, case.name, *on)), marks=proof["v5p" in on])
+        for op, at, *on in found
+    ]
 
 
 def assert_same(got, again):
@@ -99,17 +101,11 @@ def test_tpu_kernel_has_no_races_and_stays_in_bounds(op, case):
     assert not races_found()
 
 
-@functools.cache
-def tpu(generation):
-    pytest.importorskip("libtpu", reason="libtpu, the TPU compiler, is not installed")
-    return topologies.get_topology_desc(platform="tpu", topology_name=f"{generation}:2x2").devices[0]
-
-
 @quiet
 @pytest.mark.aot
-@pytest.mark.parametrize(("op", "case", "generation"), real(["v5e"], ["v6e"]))
+@pytest.mark.parametrize(("op", "case", "generation"), real(["v5e"], ["v5p"], ["v6e"]))
 def test_tpu_kernel_compiles(op, case, generation):
-    sharding = SingleDeviceSharding(tpu(generation))
+    sharding = SingleDeviceSharding(tpus(generation)[0])
     given = (0, 1) if op == "compact_rows" else ()
     f = jax.jit(lambda *a: public(op, case, dict(zip(names, a)), "pallas_tpu"), donate_argnums=given)
     names, shapes = zip(*structs(op, case, sharding).items())
