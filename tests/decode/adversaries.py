@@ -44,6 +44,25 @@ class Replay(Chained, Drafter):
     def propose(self, state, tokens_BS, count_B) -> Draft:
         longest = max(map(len, self.text)) + self.length + 1
         table = jnp.asarray([row + (0,) * (longest - len(row)) for row in self.text], jnp.int32)
-        at = count_B[:, None] - 1 + jnp.arange(self.nodes)
+        at = count_B[:, None] - 1 + jnp.arange(self.length + 1)
         tokens = jax.vmap(lambda row, i: row[i])(table, at)
         return tree_of((0, *range(self.length)), tokens)
+
+
+@dataclass(frozen=True)
+class Bush(Replay):
+    """The chain of `Replay` with a wrong node before each right one; at every `miss`-th place of the text both are wrong."""
+
+    miss: int = 0
+
+    @property
+    def nodes(self) -> int:
+        return 1 + 2 * self.length
+
+    def propose(self, state, tokens_BS, count_B) -> Draft:
+        chain = super().propose(state, tokens_BS, count_B).tokens_BW
+        place, right = count_B[:, None] + jnp.arange(self.length), chain[:, 1:]
+        wrong, other = (jnp.where(right >= n, right - n, right + n) for n in (1, 2))
+        right = jnp.where(place % self.miss == 0, other, right) if self.miss else right
+        parents = (0, *(2 * depth for depth in range(self.length) for _ in range(2)))
+        return tree_of(parents, jnp.concatenate([chain[:, :1], jnp.stack([wrong, right], axis=2).reshape(len(chain), -1)], axis=1))

@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from driven import SHORT, decode, ending, lower, model, plain, start
+from driven import SHORT, SMALL, decode, ending, lower, model, plain, start
 from oracles.against import dense
 from oracles.drafts import warped
 from oracles.float64 import float64_model
 from oracles.policies import Cache
 from oracles.skipping import Skipping, grown
 
+from tokeff import generation, sharding
 from tokeff.decode.draft import Target
 from tokeff.decode.draft_model import DraftModel
 from tokeff.decode.grow import Levels
@@ -27,7 +28,6 @@ from tokeff.kv import methods as kv
 
 pytestmark = [pytest.mark.core, pytest.mark.xdist_group("draft-model")]
 FULL, H2O = kv.full(), kv.h2o(0.5, evict=4)
-SMALL = dataclasses.replace(tiny.CFG, name="small", L=2, windows=())  # the first layers of the target, as a model of their own
 CHAIN, TREE = DraftModel(SMALL, 4), DraftModel(SMALL, tree=tiny.TREE)
 SAMPLED = Sampling(0.8, top_k=20)
 
@@ -173,6 +173,21 @@ def test_draft_and_target_on_two_devices(policy):
     ahead, _ = s.drafter
     assert {x.devices() == {there} for x in jax.tree.leaves(ahead)} == {True}
     assert {x.devices() == {there} for x in jax.tree.leaves(s.layers)} == {False}
+
+
+@pytest.mark.parametrize("policy", tiny.sampled([FULL, H2O], (FULL,)), ids=["full", "h2o"])
+def test_draft_and_target_on_two_meshes(policy):
+    """Four devices each, with sequences, heads and weights split over them: the same text, and each cache on its own mesh."""
+    here, there = (sharding.mesh(2, 2, jax.devices()[first : first + 4]) for first in (0, 4))
+    m = sharding.place(model(), here).attach(draft=sharding.shard(lower(SMALL.L), there))
+    parts = generation.Setup(policy, decode=Pearl(SMALL, 3))
+    s = generation.start(m, generation.read(m, tiny.prompts(), parts), parts, tiny.NEW)
+    s = generation.go(m, s, parts, tiny.NEW, ())
+    assert tiny.text(s) == plain(policy)
+    assert int(s.passes_B.min()) < tiny.NEW - 1
+    for layers, mesh in ((s.drafter[0].layers, there), (s.layers, here)):
+        assert {frozenset(x.devices()) for x in jax.tree.leaves(layers)} == {frozenset(mesh.devices.flat)}
+        assert not layers[0].k_BKCH.sharding.is_fully_replicated
 
 
 def test_drafts_that_are_always_right_never_stop():

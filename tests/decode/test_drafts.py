@@ -1,6 +1,8 @@
 """Drafts, trees and acceptance against lists and dicts."""
 
 import copy
+import functools
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +14,11 @@ from oracles.against import dense
 from oracles.model import decode as oracle_decode
 from oracles.policies import Cache
 
-from tokeff.decode.draft import Draft, Result
+from tokeff.decode.draft import Draft, Drafter, Result, last_token
 from tokeff.decode.lookup import PromptLookup
 from tokeff.decode.recycling import TREE_16, TREE_80, TokenRecycling
 from tokeff.decode.tree import shape_of, walk
+from tokeff.errors import UserError
 
 pytestmark = pytest.mark.core
 
@@ -116,3 +119,48 @@ def test_token_recycling_pass_by_pass():
             assert tiny.text(s)[b] == texts[b]
             assert jax.tree.leaves(s.drafter)[0][b].tolist() == list(recycling.table.values())
     assert max(map(len, texts)) > 13, "no draft was accepted"
+
+
+# -- trees that are none
+
+
+@dataclass(frozen=True)
+class Numbered(Drafter):
+    """A tree whose parents are known before anything runs."""
+
+    parent: tuple[int, ...] = (0, 0, 0, 1)
+    nodes: int = 4  # type: ignore[assignment]
+    depth: int = 2  # type: ignore[assignment]
+    rows: int = 2  # of sequences, that the parents are given for
+
+    def propose(self, state, tokens_BS, count_B):
+        root = last_token(tokens_BS, count_B)
+        tokens = jnp.broadcast_to(root, (len(root), len(self.parent)))
+        return Draft(tokens, np.tile(np.array(self.parent, np.int32), (self.rows, 1)), jnp.ones(tokens.shape, bool))
+
+
+@functools.cache
+def begun():
+    return tiny.start(tiny.read(tiny.FULL), tiny.FULL, Numbered())
+
+
+@pytest.mark.parametrize(
+    ("drafter", "says"),
+    [
+        (Numbered((0, 0, 0, 1, 3)), "W at most its nodes=4"), (Numbered(rows=1), r"parent_BW \(1, 4\)"),
+        (Numbered((0, 2, 1, 0)), "node 1 on node 2; list parents first"), (Numbered((0, 0, 0, 3)), "node 3 on node 3"),
+        (Numbered((1, 0, 0, 0)), "node 0 on node 1"), (Numbered((0, 0, -1, 0)), "node 2 on node -1"),
+        (Numbered((0, 0, 1, 2)), "3 nodes below the root, and depth=2; raise depth"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_draft_that_is_no_tree_of_its_size_is_refused(drafter, says):
+    """In one line, while the loop is traced and before anything runs."""
+    with pytest.raises(UserError, match=says) as error:
+        tiny.go(begun(), tiny.FULL, drafter)
+    assert "\n" not in str(error.value)
+
+
+def test_a_tree_of_numbers_is_drafted():
+    """Also one that is smaller than it might be."""
+    assert tiny.text(tiny.decode(tiny.FULL, Numbered((0, 0, 1)))) == tiny.text(tiny.decode(tiny.FULL))

@@ -23,7 +23,8 @@ V, PROMPT = 3, (2, 0, 1, 1)
 ROWS = 416  # one batch size for all cells, so that code compiles once
 CFG = Config("law", V=V, D=8, F=8, L=1, N=2, K=1, H=4, tied=False, max_len=32)
 # How, and how many tokens: 4 where two tokens at most are possible at each place, so that the cells stay few.
-HOWS = [(Sampling(2.0), 3), (Sampling(3.0, top_k=2), 4), (Sampling(6.0, top_p=0.8), 3), (Sampling(6.0, top_k=2, min_p=0.3), 4)]
+HOWS = [(Sampling(2.0), 3), (Sampling(3.0, top_k=2), 4), (Sampling(6.0, top_p=0.8), 3), (Sampling(6.0, top_k=2, min_p=0.3), 4),
+        (Sampling(3.0, top_k=2, top_p=0.8), 4)]  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -231,9 +231,10 @@ def test_the_best_pair_has_the_most_tokens_for_its_cost():
 # -- weights of a drafter's own, and features of the target
 
 
-def test_heads_on_what_a_layer_puts_out():
+@pytest.mark.parametrize("layer", tiny.sampled(range(tiny.CFG.L), (1,)), ids=["first", "middle", "last"])
+def test_heads_on_what_a_layer_puts_out(layer):
     """Heads that were made to be right now and then, and random ones."""
-    probe, passes = Probe(layer=tiny.CFG.L - 1, length=3), []
+    probe, passes = Probe(layer=layer, length=3), []
     for clever in (True, False):
         s = decode(FULL, probe, model(probe=probe.weights(tiny.CFG, clever)))
         assert tiny.text(s) == plain(FULL)

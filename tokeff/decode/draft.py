@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 class Draft(struct.PyTreeNode):
     """A tree of W nodes. Node 0 is the last token (certain to be right); parents come before their children.
 
-    parent_BW[b, 0] = 0. Nodes with valid False do not exist. What only some drafters have:
+    parent_BW[b, 0] = 0. Nodes with valid False do not exist. All three have one shape, of `Drafter.nodes` nodes or fewer
+    (`check_tree`). What only some drafters have:
     logq_BWV: the warped log-law that each node's token was drawn from, given its parent and the siblings before it; None where tokens
     were not drawn. Whether a drawn node exists may hang on those and on its law, not on its own token.
     Nodes that look ahead: scout_BW marks those that are never accepted; sees_BWW[b, i, j] says that node i reads node j, and depth_BW

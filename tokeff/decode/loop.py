@@ -16,7 +16,7 @@ from flax import struct
 
 from tokeff.decode.draft import Draft, Drafter, Result, Target
 from tokeff.decode.sample import Sampling, draw
-from tokeff.decode.tree import shape_of
+from tokeff.decode.tree import check_tree, shape_of
 from tokeff.kv.policy import Policy
 from tokeff.models.config import Config, Params
 from tokeff.models.flow import EMPTY, Accepted, Flow, Here
@@ -85,6 +85,7 @@ def verify(
     params: Params, cfg: Config, s: Decoding, draft: Draft, policy: Policy, drafter: Drafter, how: Sampling, eos: tuple[int, ...]
 ) -> Decoding:
     """The target's pass over a draft, and what comes of it."""
+    check_tree(draft, drafter)
     flow, place = rows_of(params, cfg, s, draft, drafter)
     flow, layers, taps = stack(
         params, cfg, flow, s.layers, policy=policy, accepted=s.accepted, run=tuple(range(draft.below, cfg.L)), moved=draft.moved,

@@ -86,7 +86,7 @@ def ffn_skipllm(tau: float = 0.98, head: Budget = 0.5, tail: Budget = 0.1, warm:
 
 
 def skip_decode(most: Budget = 1.0, least: Budget = 0.5, warm: int = 1, over: int = 64, stairs: int | None = 4) -> SkipDecode:
-    """SkipDecode (Del Corro et al. 2023): fewer layers for later tokens, the topmost. A mechanism, for models that were tuned to it."""
+    """SkipDecode (Del Corro et al. 2023): fewer layers for later tokens, the topmost. A mechanism, untuned."""
     return SkipDecode(most, least, warm, over, stairs)
 
 

@@ -6,9 +6,31 @@ from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from tokeff.errors import UserError
 
 if TYPE_CHECKING:
-    from tokeff.decode.draft import Draft
+    from tokeff.decode.draft import Draft, Drafter
+
+
+def check_tree(draft: Draft, drafter: Drafter) -> None:
+    """Raise UserError where a draft is no tree of its drafter's size. Parents that are known before anything runs (numpy) are looked at
+    too; those that are data are trusted."""
+    name, parent, shape = type(drafter).__name__, draft.parent_BW, draft.tokens_BW.shape
+    if not parent.shape == draft.valid_BW.shape == shape or shape[1] > drafter.nodes:
+        given = f"tokens_BW {shape}, parent_BW {parent.shape} and valid_BW {draft.valid_BW.shape}"
+        raise UserError(f"{name} drafts {given}; give all three one shape (B, W), with W at most its nodes={drafter.nodes}")
+    if isinstance(parent, Tracer):
+        return
+    parent, row, depth = np.asarray(parent), np.arange(len(parent)), np.zeros(shape, int)
+    for node in range(shape[1]):
+        if len(wrong := np.flatnonzero((parent[:, node] < 0) | (parent[:, node] > max(node - 1, 0)))):
+            raise UserError(f"{name} hangs node {node} on node {parent[wrong[0], node]}; list parents first, and the root as its own")
+        depth[:, node] = depth[row, parent[:, node]] + (node > 0)
+    if depth.max() > drafter.depth:
+        raise UserError(f"{name} has a path of {depth.max()} nodes below the root, and depth={drafter.depth}; raise depth")
 
 
 def shape_of(parent_BW: jax.Array, depth: int) -> tuple[jax.Array, jax.Array]:

@@ -74,8 +74,8 @@ def product(x: jax.Array, w_FD: jax.Array, dtype: Any = None) -> jax.Array:
     """x (..., D) by a weight: (..., F) in `dtype`, that of x by default.
 
     XLA:CPU multiplies a few rows by a matrix at half the speed of one row when the rows stand on the left. With the weight on the left
-    a pass over 4 rows of SmolLM2 costs 1.3 times one row, not 1.6, and over 8 rows 1.5, not 1.9; from 32 rows on it is the slower form. The
-    barrier keeps XLA from turning the product round again.
+    the products of SmolLM2 over 4 rows cost 1.3 times one row, not 2.1, over 16 rows 1.8, not 3.0 (experiments/few_rows.py). The barrier
+    keeps XLA from turning the product round again.
     """
     last = x.ndim - 1
 
