@@ -56,6 +56,10 @@ def test_other_files_are_refused_in_one_line(tmp_path, one_line):
         log_mel(np.zeros(31 * RATE))
     with one_line("no numbers"):
         log_mel(np.array([0.0, np.nan]))
+    nothing = ((np.zeros(0), "no samples"), (np.zeros(9), "silent"), (np.array([1.0, np.inf]), "no numbers"), (np.ones((2, 9)), "no row"))
+    for bad, words in nothing:
+        with one_line(words):
+            windows(bad)
 
 
 def test_long_sound_is_cut_where_it_is_quiet():

@@ -10,6 +10,7 @@ import pytest
 import tiny
 import tokenizers
 from dense import Causal
+from oracles import tower
 
 from tokeff import sharding
 from tokeff.decode.methods import token_recycling
@@ -50,9 +51,9 @@ def asked():
     return [[*row[:4], IMAGE, *row[4:]] for row in ids], pictures
 
 
-def written(setup, new=12, **options) -> list[list[int]]:
+def written(setup, new=12, v=None, **options) -> list[list[int]]:
     """The tokens of one generation."""
-    v, (ids, pictures) = model(), asked()
+    v, (ids, pictures) = v or model(), asked()
     prompt = read(v, ids, pictures, setup, new, **options)
     return new_tokens(go(v.text, start(v.text, prompt, setup, new), setup, new, ()))
 
@@ -151,7 +152,8 @@ def test_reduction_compiles():
 
 
 def test_merging_inside_the_tower():
-    """ToMe takes rows away layer by layer; none taken is the tower itself, and sizes always add up to the rows there were."""
+    """ToMe takes rows away layer by layer, and a row draws attention for all that it stands for; none taken is the tower itself, and sizes
+    always add up to the rows there were."""
     v, pixels = model(), asked()[1][0][0].crops_BYXC
     whole = encode(v.params.tower, TOWER, pixels)
     nothing = encode(v.params.tower, TOWER, pixels, reduce=ToMe(), drop=(0, 0, 0))
@@ -160,6 +162,11 @@ def test_merging_inside_the_tower():
     got = encode(v.params.tower, TOWER, pixels, reduce=ToMe(), drop=drop)
     assert got.x_BSD.shape[1] == TOWER.S - 15 and float(got.size_BS.sum()) == TOWER.S and float(got.size_BS[0, 0]) == 1
     assert np.bincount(np.asarray(got.source_BS[0]), minlength=TOWER.S - 15).tolist() == np.asarray(got.size_BS[0]).astype(int).tolist()
+    rows, sizes = tower.merged(v.params.tower, TOWER, pixels[0], drop)
+    np.testing.assert_allclose(got.x_BSD[0], rows, atol=1e-4)
+    assert got.size_BS[0].tolist() == sizes
+    once, _ = tower.merged(v.params.tower, TOWER, pixels[0], drop, sized=False)
+    assert np.abs(once - rows).max() > 1e-2  # what sizes are worth in the layers above a merge
 
 
 def test_what_cannot_work_is_refused_in_one_line(one_line):
@@ -188,20 +195,33 @@ def test_mistakes_are_told_before_a_tower_runs(one_line, monkeypatch):
         (Setup(cut="fastv"), {}, "pass"), (Setup(kv="h2o"), {}, "Policy"), (Setup(cut=fastv), {}, "pass"),
         (Setup(cut=fastv(layer=9)), {}, "layers"), (Setup(cut=promptdistill(0.5, 30)), {}, "layers"),
         (None, {"reduce": "FasterVLM"}, "reduce"), (None, {"reduce": FasterVLM}, "reduce"), (None, {"max_new": 0}, "max_new"),
-        ("fastv", {}, "Setup"),
+        ("fastv", {}, "Setup"), (Setup(cut=fastv(0)), {}, "budget 0 rows"), (Setup(cut=fastv(-3)), {}, "budget -3 rows"),
+        (Setup(cut=pyramiddrop(0.0)), {}, "share"), (Setup(cut=promptdistill(-0.5, 1)), {}, "share"),
+        (Setup(), {"max_new": 300}, "reads 256"),
     ):  # fmt: skip
         with one_line(word):
             generate(v, ids, pictures, setup=setup, **options)
-        if isinstance(setup, Setup):
+        if isinstance(setup, Setup) and not options:
             with one_line(word):
                 read(v, ids, pictures, setup, 4)
+    bad = Pixels(np.zeros((2, 24, 24, 3), np.float32))
+    for some, word in (([pictures[0], [bad]], "one crop"), ([pictures[0], []], "image tokens")):
+        with one_line(word):
+            read(v, ids, some, Setup(), 4, reduce=FasterVLM(9))
+    many = [[*[IMAGE] * 9, *ids[0][:4]], ids[1]]
+    for options, word in (
+        ({}, "or reduce them"), ({"reduce": FasterVLM(9), "positions": "kept"}, "positions='renumbered'"),
+        ({"reduce": FasterVLM(30)}, "at least 274 rows"),
+    ):  # fmt: skip
+        with one_line("prompt 0 has", word):
+            read(v, many, [pictures[0] * 9, pictures[1]], Setup(), 4, **options)
 
 
 def test_every_array_is_named_by_its_letters():
     """So that the sharding table lays towers out too."""
     for kind in (ViTBlock, AttentionPool, ViTParams, LlavaParams):
         for f in dataclasses.fields(kind):
-            assert letters(f.name) or f.name in ("blocks", "pool", "tower"), f.name
+            assert letters(f.name) or f.name in ("blocks", "pool", "tower", "side"), f.name
 
 
 def test_two_pictures_and_none():
@@ -230,14 +250,21 @@ def test_a_picture_is_prepared_as_its_model_says(one_line):
     assert pixels.crops_BYXC.shape == (5, 24, 24, 3) and pixels.size == (30, 47)
 
 
-def test_pictures_on_a_mesh():
-    """Rows of pictures lie where the tokens beside them lie, and what is read is the same."""
-    v, (ids, pictures) = model(), asked()
-    known = read(v, ids, pictures, Setup(), 2, reduce=FasterVLM(9), positions="kept")
+BEFORE, INSIDE = {"reduce": FasterVLM(12), "positions": "kept"}, fastv(0.3, layer=1)
+PLACED = {"before the decoder": (None, BEFORE), "inside it": (INSIDE, {}), "both": (INSIDE, BEFORE)}
+
+
+@pytest.mark.parametrize("where", tiny.sampled(PLACED, ["before the decoder", "inside it"]))
+def test_pictures_on_a_mesh(where):
+    """Fewer rows of a picture, SnapKV and Token Recycling on four devices: rows of pictures lie where the tokens beside them lie, what is
+    read is the same, and so is every token that is written."""
+    v, (ids, pictures), (cut, options) = model(), asked(), PLACED[where]
+    setup = Setup(kv.snapkv(0.5, 6), cut, token_recycling(tree=tiny.TREE))
     there = dataclasses.replace(v, text=sharding.place(v.text, sharding.mesh(2, 2)))
-    got = read(there, ids, pictures, Setup(), 2, reduce=FasterVLM(9), positions="kept")
-    assert "data" in got.layers[0].k_BKSH.sharding.spec
+    got, known = (read(m, ids, pictures, setup, 12, **options) for m in (there, v))
+    assert "data" in got.layers[-1].k_BKSH.sharding.spec and "model" in got.layers[-1].k_BKSH.sharding.spec
     np.testing.assert_allclose(got.logits_BV, known.logits_BV, atol=1e-4)
+    assert written(setup, v=there, **options) == written(setup, **options)
 
 
 def test_generate_takes_text_and_pictures(one_line):

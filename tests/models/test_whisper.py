@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from oracles import hearing
 from speech_files import CFG, tensors, write_ct2, write_hf
 
 from tokeff.data import speech
@@ -92,6 +93,36 @@ def test_nothing_to_merge_changes_nothing(tiny, mel):
     assert some.x_BMD.shape[1] == CFG.S - sum(DROP)
     for b in range(2):
         np.testing.assert_array_equal(np.bincount(some.source_BS[b], minlength=CFG.S - sum(DROP)), some.size_BM[b])
+
+
+@pytest.mark.core
+def test_merged_rows_draw_attention_for_all_they_stand_for(tiny, mel):
+    """In the encoder behind a merge, and in the decoder (`proportional`): as if each were there that often; counted once is another."""
+    rows = encode(tiny.params, tiny.cfg, mel, reduce=ToMe(), drop=DROP)
+    tokens = np.random.default_rng(1).integers(0, CFG.V, (2, 9))
+    logits = logits_of(tiny, listen(tiny.params, rows, proportional=True), tokens)
+    for b in range(2):
+        x, sizes = hearing.encode(tiny.params, tiny.cfg, mel[b], DROP)
+        np.testing.assert_allclose(rows.x_BMD[b], x, atol=1e-4)
+        assert rows.size_BM[b].tolist() == sizes and max(sizes) > 1
+        known = hearing.decode(tiny.params, tiny.cfg, tokens[b], x, sizes)
+        np.testing.assert_allclose(logits[b], known, atol=1e-3)
+        once, _ = hearing.encode(tiny.params, tiny.cfg, mel[b], DROP, sized=False)
+        assert np.abs(once - x).max() > 1e-2
+        assert np.abs(hearing.decode(tiny.params, tiny.cfg, tokens[b], x, [1] * len(x)) - known).max() > 1e-2
+
+
+@pytest.mark.core
+def test_sound_with_nothing_in_it_is_refused_before_the_model_runs(tiny, monkeypatch, one_line):
+    """Empty or silent, alone or beside others; a long sound may be silent for a while."""
+    monkeypatch.setattr("tokeff.models.transcribe.encode", None)
+    sound = np.random.default_rng(0).normal(size=9000)
+    for bad, words in ((np.zeros(0), "no samples"), (np.zeros(16_000), "silent"), (np.full(50, 0.1), "silent"), (sound[None], "no row")):
+        with one_line(words):
+            transcribe(tiny, [sound, bad])
+    with one_line("no sound"):
+        transcribe(tiny, [])
+    assert len(pieces(tiny, [np.concatenate([np.zeros(9 * 160 * 40), sound])])[0]) > 1
 
 
 @pytest.mark.core

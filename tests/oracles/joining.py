@@ -47,3 +47,11 @@ def attention(q, k, v, groups):
     logits = q @ k[rows].T / np.sqrt(q.shape[-1])
     p = np.exp(logits - logits.max(axis=-1, keepdims=True))
     return p / p.sum(axis=-1, keepdims=True) @ v[rows]
+
+
+def joined(x, sizes, metric, r: int, protected: int = 0):
+    """(rows, sizes) of one round over rows that stand for several already: means weigh each by its size, likeness does not."""
+    groups = one_round([{i} for i in range(len(x))], x, metric, r, protected, ordered=False)
+    sizes = np.array(sizes)
+    rows = [sum(sizes[i] * x[i] for i in sorted(g)) / sum(sizes[i] for i in g) for g in groups]
+    return np.array(rows), [int(sum(sizes[i] for i in g)) for g in groups]

@@ -21,7 +21,7 @@ CFG = ViTConfig("tower", D=16, F=8, L=3, N=2, image=(40, 56), patch=8)  # 5 x 7 
 B, P = 2, CFG.patches
 METHODS = (
     FasterVLM(0.2), DivPrune(0.2), HiPrune(12, middle=0, share=0.8), VisionZip(6, 4), PruMerge(6, near=4), RandomPatches(0.2, seed=3),
-    PooledPatches(cells=(2, 4)),
+    PooledPatches(cells=(2, 4)), PruMerge(P, near=4, how="outliers"), PruMerge(P, near=4, how="plus"), PruMerge(5, near=4, how="plus"),
 )  # fmt: skip
 pytestmark = pytest.mark.core
 
@@ -52,6 +52,12 @@ def reduced(method, x, seen, cfg=CFG):
     return method.reduce(x, seen, cfg)
 
 
+def real(got, b):
+    """(rows, places) of picture b."""
+    there = np.ones(got.place_BM.shape[1], bool) if got.real_BM is None else np.asarray(got.real_BM[b])
+    return np.asarray(got.x_BMD[b])[there], np.asarray(got.place_BM[b])[there].tolist()
+
+
 def expected(method, x_SD, seen, b):
     """The oracle's (rows, places) for picture b."""
     cls = {i: np.float64(a)[b][:, 1:] for i, a in seen.cls_BNS.items()}
@@ -68,7 +74,8 @@ def expected(method, x_SD, seen, b):
         case VisionZip():
             return visual.visionzip(x_SD, cls[1], k[1][:, 1:], 6, 4)
         case PruMerge():
-            return visual.prumerge(x_SD[1:], q[2].swapaxes(0, 1).reshape(CFG.S, CFG.D)[0], flat[2], 6, 4)
+            most = method.rows(CFG) - 1
+            return visual.prumerge(x_SD[1:], q[2].swapaxes(0, 1).reshape(CFG.S, CFG.D)[0], flat[2], most, 4, method.how)
         case PooledPatches():
             return visual.pooled(x_SD[1:], (5, 7), (2, 4))
 
@@ -76,29 +83,40 @@ def expected(method, x_SD, seen, b):
 def test_every_method_equals_its_formula(tower, subtests):
     x, seen = tower
     for method in METHODS:
-        with subtests.test(type(method).__name__):
+        with subtests.test(repr(method)):
             method.check(CFG)
             got = reduced(method, x, seen)
             assert got.x_BMD.shape == (B, method.rows(CFG), CFG.D) and got.place_BM.shape == (B, method.rows(CFG))
             for b in range(B):
                 if (known := expected(method, np.float64(x[b]), seen, b)) is None:
                     continue
-                np.testing.assert_array_equal(got.place_BM[b], known[1])
-                np.testing.assert_allclose(got.x_BMD[b], known[0], atol=1e-5)
+                rows, places = real(got, b)
+                assert places == list(known[1])
+                np.testing.assert_allclose(rows, known[0], atol=1e-5)
+
+
+def test_outliers_are_as_many_as_a_picture_has(tower):
+    """PruMerge's own count: two pictures of a batch keep different numbers; one without any keeps what is looked at most."""
+    x, seen = tower
+    seen = seen.replace(q_BSNH={i: a.at[1].multiply(0.1) for i, a in seen.q_BSNH.items()})  # the second looks at all more evenly
+    counts = [[len(real(reduced(PruMerge(P, near=4, how=how), x, seen), b)[1]) - 1 for b in range(B)] for how in ("outliers", "plus")]
+    assert counts[0][0] != counts[0][1] and all(few < many < P for few, many in zip(*counts))
+    even = seen.replace(k_BSNH={i: 0 * a for i, a in seen.k_BSNH.items()})
+    assert real(reduced(PruMerge(P, near=4, how="outliers"), x, even), 0)[1] == [0, EMPTY]
 
 
 def test_what_holds_for_every_method(tower, subtests):
     """Places are of the picture and not twice; where positions can be kept they ascend; pictures in another order give the same."""
     x, seen = tower
     for method in METHODS:
-        with subtests.test(type(method).__name__):
+        with subtests.test(repr(method)):
             got, turned = reduced(method, x, seen), reduced(method, x[::-1], jax.tree.map(lambda a: a[::-1], seen))
             np.testing.assert_array_equal(turned.place_BM[::-1], got.place_BM)
             np.testing.assert_array_equal(turned.x_BMD[::-1], got.x_BMD)
-            for places in np.asarray(got.place_BM).tolist():
-                real = [p for p in places if p != EMPTY]
-                assert len(set(real)) == len(real) and all(0 <= p < P for p in real)
-                assert not method.placed or places == sorted(real)
+            for _, places in (real(got, b) for b in range(B)):
+                kept = [p for p in places if p != EMPTY]
+                assert len(set(kept)) == len(kept) and all(0 <= p < P for p in kept)
+                assert not method.placed or places == sorted(kept)
 
 
 def test_all_patches_are_all_patches(tower):
@@ -134,6 +152,7 @@ def test_settings_that_cannot_work_are_refused():
     for method, cfg in (
         (FasterVLM(0), CFG), (DivPrune(P + 1), CFG), (HiPrune(0.5, middle=0, share=2.0), CFG), (HiPrune(0.5), CFG), (VisionZip(1, 4), CFG),
         (VisionZip(0.9, 0.2), CFG), (PruMerge(), siglip), (PruMerge(near=0), CFG), (PooledPatches(cells=(6, 2)), CFG),
+        (PruMerge(how="iqr"), CFG),
     ):  # fmt: skip
         with pytest.raises(UserError) as error:
             method.check(cfg)

@@ -12,9 +12,9 @@ from tokeff.generation import Setup, go, new_tokens, start
 from tokeff.kv import methods as kv
 from tokeff.models.flow import EMPTY
 from tokeff.models.llava import Pixels, direction, mixed, picture_rows, read
-from tokeff.models.llava_rows import canvas_of, reduced, settled, standing
+from tokeff.models.llava_rows import canvas_of, least_rows, reduced, settled, standing
 from tokeff.reduce.listing import find
-from tokeff.reduce.video import DyCoke, HoliTom
+from tokeff.reduce.video import DyCoke, FramePairs, HoliTom, StillRuns
 from tokeff.reduce.visual import FasterVLM, Reduced
 from tokeff.reduce.visual_baselines import PooledPatches, SmallerImage
 from tokeff.reduce.visual_crops import GlobalCom2, HiRED
@@ -201,6 +201,38 @@ def test_the_text_has_a_say():
     found = [np.asarray(picture_rows(v, WIDE, CATP(8), a).place_M).tolist() for a in (about, -about, None)]
     assert found[0] != found[1] and found[0] != found[2]
     assert len(written(v, ids, WIDE, reduce=CATP(8))) == 8
+
+
+def test_how_many_rows_is_known_before():
+    """Of a picture as it is exactly, of crops and frames that a method leaves fewer of at least: the bars of a canvas may cost it some."""
+    v, film, shrunk = next_model(), one_vision(), pictures.llava(NEXT, 1, False)
+    for model, pixels in ((v, WIDE), (v, crops(1)), (film, FILM), (shrunk, crops(5, (48, 48)))):
+        assert least_rows(model, pixels) == picture_rows(model, pixels).whole
+    for model, pixels, method in (
+        (v, WIDE, FasterVLM(9)), (v, WIDE, HiRED(0.2)), (v, WIDE, GlobalCom2(0.25)), (v, WIDE, VisionZip(6, 4)),
+        (v, crops(1), GlobalCom2(0.3)), (film, FILM, HoliTom(0.2)), (film, FILM, DyCoke(0.7)),
+    ):  # fmt: skip
+        whole, least = (least_rows(model, pixels, method, kept) for kept in (True, False))
+        assert least <= len(picture_rows(model, pixels, method).place_M) <= whole == least_rows(model, pixels)
+    assert least_rows(v, WIDE, FasterVLM(9)) == 3 * 9 - 12 and least_rows(v, crops(1), GlobalCom2(0.3)) == 10 + 1
+    assert least_rows(film, FILM, HoliTom(0.2)) == 1 and least_rows(film, FILM, FasterVLM(4)) == 6 * 4
+
+
+def test_more_frames_than_positions_are_refused_before_a_tower_runs(monkeypatch):
+    """With rows at their places all count, else the fewest that a method can leave."""
+    film, ids = one_vision(), prompt(pictures.VIDEO)
+    monkeypatch.setattr("tokeff.models.llava_rows.features", None)
+    for n, method, positions, word in (
+        (40, None, "renumbered", "has 381 rows and 4 more are wanted"), (40, HoliTom(0.2), "kept", "give positions='renumbered'"),
+        (40, DyCoke(0.1), "renumbered", "at least 351 rows"), (60, FramePairs(), "renumbered", "give fewer pictures or frames"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=word) as error:
+            read(film, [ids], [[crops(n, video=True)]], Setup(), 4, reduce=method, positions=positions)
+        assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="at least 331 rows under DyCoke"):
+        picture_rows(film, crops(40, video=True), DyCoke(0.1))
+    with pytest.raises(UserError, match="frames of a video"):  # of the second picture, before the first is looked at
+        read(film, [[*ids, pictures.VIDEO]], [[FILM, crops(1)]], Setup(), 4, reduce=StillRuns())
 
 
 def test_what_cannot_work_is_refused_in_one_line():

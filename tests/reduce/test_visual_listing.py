@@ -29,6 +29,7 @@ SETTINGS = {
 }  # fmt: skip
 FEW = {"HiPrune": {"middle": 0}}  # for three layers
 STEADY = ("AIM", "OnDeviceSora")  # rows stand at the same places whatever is merged in them
+OWN = ("TokenCorrCompress", "MustDrop", "VFlowOpt", "HoliTom", "FastVID", "StillRuns", "HiRED", "GlobalCom2")  # as many as the picture says
 pytestmark = pytest.mark.core
 ALL = [pytest.param(m, id=m.name) for m in picture_methods()]
 traces = []
@@ -81,7 +82,7 @@ def settled(m):
 
 @pytest.mark.parametrize("m", ALL)
 def test_rows_are_counted_and_in_place(m):
-    """Each is at one patch's place, none twice, in reading order; never more than promised, and fewer than there were."""
+    """Each is at one patch's place, none twice, in reading order; never more or fewer than promised, and fewer than there were."""
     method = settled(m)
     method.check(CFG)
     found = left(method, *inputs(method))
@@ -91,7 +92,8 @@ def test_rows_are_counted_and_in_place(m):
         real = places[places != EMPTY]
         assert len(set(real)) == len(real) and ((real >= 0) & (real < P)).all()
         assert not method.placed or (len(real) == len(places) and (np.diff(real) > 0).all())
-    assert 0 < sum(len(places) for _, places in found) < len(found) * P
+    many, least = sum(len(places) for _, places in found), method.fewest(CFG, len(found))
+    assert 0 < least <= many < len(found) * P and (least == many or m.name in OWN)
 
 
 @pytest.mark.parametrize("m", ALL)
@@ -132,6 +134,17 @@ def test_one_program_a_setting(m):
     assert len(traces) == before
     if m.name not in (*STEADY, *(b.name for b in picture_methods() if b.family == "baseline")):
         assert any(len(a[1]) != len(b[1]) or (a[1] != b[1]).any() for a, b in zip(first, other))
+
+
+@pytest.mark.parametrize("m", [pytest.param(m, id=m.name) for m in picture_methods() if "budget" in m.settings()])
+def test_budgets_below_one_row_are_refused(m):
+    """Counts of 0 or less, shares that are none; a share of less than a row is one, but for FastVID, which keeps some of every frame."""
+    for budget in (0, -1, 0.0, -0.5, 1.5, float("nan")):
+        with pytest.raises(UserError) as error:
+            m.make(budget=budget).check(CFG)
+        assert "budget" in str(error.value) and "\n" not in str(error.value)
+    if m.name not in ("FastVID", "VisionZip", "VFlowOpt", "HoliTom"):
+        assert m.make(budget=1e-6).rows(CFG) == 1 + (m.name == "PruMerge")
 
 
 def test_defaults_fit_the_towers_they_were_published_for():

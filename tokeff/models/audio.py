@@ -58,9 +58,22 @@ def resample(x: np.ndarray, rate: int, to: int = RATE, lobes: int = 32) -> np.nd
     return y.astype(np.float32)
 
 
+def check_sound(x: np.ndarray) -> None:
+    """UserError for what has nothing to hear in it: no samples, or all of them the same."""
+    if x.ndim != 1:
+        raise UserError(f"sound of shape {x.shape} is no row of samples; average its channels first, as read_wav does")
+    if not len(x):
+        raise UserError(f"a sound has no samples; give at least one frame of {FRAME} at {RATE} Hz, or leave it out")
+    if not np.isfinite(x).all():
+        raise UserError("the sound holds samples that are no numbers; read it again")
+    if x.min() == x.max():
+        raise UserError(f"a sound of {len(x)} samples is silent; leave it out, or look whether the right channel was read")
+
+
 def windows(x: np.ndarray, seconds: float = WINDOW, search: float = 5.0) -> list[np.ndarray]:
     """x in pieces of at most `seconds`, each cut at the quietest tenth of a second within the last `search` seconds it may have (at most
-    half of them)."""
+    half of them). Raises UserError as `check_sound`; a piece of a longer sound may be silent."""
+    check_sound(x)
     most, pieces = int(seconds * RATE), []
     step = min(RATE // 10, most // 4)
     while len(x) > most:

@@ -20,7 +20,7 @@ from tokeff.errors import UserError
 from tokeff.generation import Generation, Setup, bucket, check_new, encode, finished, go, pad, start
 from tokeff.kv.prefill import Embeds, Prompt, check_embeds, prefill
 from tokeff.models.flow import EMPTY
-from tokeff.models.llava_rows import Llava, LlavaConfig, LlavaParams, Pixels, Rows, picture_rows, prepare, see
+from tokeff.models.llava_rows import Llava, LlavaConfig, LlavaParams, Pixels, Rows, least_rows, picture_rows, prepare, see
 from tokeff.models.pixels import Picture
 from tokeff.models.transformer import embed
 from tokeff.reduce.visual import Filmed, Picked, Told, unit
@@ -40,9 +40,7 @@ def spelled(v: Llava, ids: Sequence[int], seen: Sequence[Rows], kept: bool) -> t
     kept: rows stand at their places in the whole picture; else one after the other. UserError unless there is one picture an image token.
     """
     text, place, pictured, left = [], [], [], list(seen)
-    marks = [t for t in ids if t in (v.cfg.image, v.cfg.video)]
-    if len(marks) != len(seen):
-        raise UserError(f"a prompt has {len(marks)} image tokens (id {v.cfg.image}) and {len(seen)} pictures; give one for each")
+    words_of(v, ids, len(seen))
     for token in ids:
         if token not in (v.cfg.image, v.cfg.video):
             place.append(len(text))
@@ -55,6 +53,14 @@ def spelled(v: Llava, ids: Sequence[int], seen: Sequence[Rows], kept: bool) -> t
         place += (len(text) + at).tolist()
         text += [token] * many
     return text, place, pictured
+
+
+def words_of(v: Llava, ids: Sequence[int], pictures: int | None = None) -> list[int]:
+    """The tokens that stand for no picture. UserError unless the others are as many as the pictures, where that is given."""
+    words = [t for t in ids if t not in (v.cfg.image, v.cfg.video)]
+    if pictures is not None and (marks := len(ids) - len(words)) != pictures:
+        raise UserError(f"a prompt has {marks} image tokens (id {v.cfg.image}) and {pictures} pictures; give one for each")
+    return words
 
 
 @partial(jax.jit, static_argnames="cfg")
@@ -105,10 +111,21 @@ def _direction(params, ids_1M, *, cfg):
 
 def direction(v: Llava, ids: Sequence[int]) -> jax.Array:
     """about_D: the mean of the embeddings of a prompt's words, image tokens left out, each of length 1 first."""
-    words = [t for t in ids if t not in (v.cfg.image, v.cfg.video)]
+    words = words_of(v, ids)
     row = np.full((1, bucket(max(len(words), 1))), EMPTY, np.int32)
     row[0, : len(words)] = words
     return _direction(v.text.params, row, cfg=v.text.cfg)
+
+
+def fitted(v: Llava, setup: Setup) -> Setup:
+    """With what the policy leaves open filled in from the model, and the tokens that stand for pictures in its texts."""
+    setup = setup.fit(v.text)
+    return replace(setup, kv=setup.kv.seeing(marks_of(v)))
+
+
+def marks_of(v: Llava) -> tuple[int, ...]:
+    """The tokens that stand for pictures and videos."""
+    return tuple(t for t in (v.cfg.image, v.cfg.video) if t is not None)
 
 
 def check(v: Llava, setup: Setup, reduce: Picked | None, positions: str) -> None:
@@ -134,6 +151,21 @@ def check_places(reduce: Picked, positions: str) -> None:
         raise UserError(f"rows of {type(reduce).__name__} have no places of their own; use positions='renumbered'")
 
 
+def check_lengths(
+    v: Llava, ids: Sequence[Sequence[int]], pixels: Sequence[Sequence[Pixels]], new: int, reduce: Picked | None, positions: str
+) -> None:
+    """UserError for pictures that cannot be read or reduced, and for prompts whose pictures take more rows than the decoder reads, as far
+    as that is known before a tower runs: exactly, or by the fewest rows that a method can leave."""
+    kept, cfg = reduce is not None and positions == "kept", v.text.cfg
+    at_least = "" if reduce is None or kept else "at least "
+    fix = "fewer pictures or frames" if reduce is not None else "fewer pictures or frames, or reduce them"
+    fix = f"positions='renumbered', or {fix}" if kept else fix
+    for i, (row, some) in enumerate(zip(ids, pixels, strict=True)):
+        n = len(words_of(v, row, len(some))) + sum(least_rows(v, p, reduce, kept) for p in some)
+        if n + new > cfg.max_len:
+            raise UserError(f"prompt {i} has {at_least}{n} rows and {new} more are wanted, but {cfg.name} reads {cfg.max_len}; give {fix}")
+
+
 def read(
     v: Llava,
     ids: Sequence[Sequence[int]],
@@ -145,17 +177,18 @@ def read(
     positions: str = "renumbered",
     chunk: int | None = None,
 ) -> Prompt:
-    """Prefill prompts that hold one image token for each of their pictures. Raises UserError for parts that do not fit."""
+    """Prefill prompts that hold one image token for each of their pictures. A policy that tells their rows from text wants a setup that is
+    `fitted`. Raises UserError for parts that do not fit."""
     check(v, setup, reduce, positions)
     check_new(new)
-    about = [direction(v, row) if isinstance(reduce, Told) else None for row in ids]
     pixels = [[p if isinstance(p, Pixels) else prepare(v, p) for p in some] for some in pictures]
+    check_lengths(v, ids, pixels, new, reduce, positions)
+    about = [direction(v, row) if isinstance(reduce, Told) else None for row in ids]
     seen = [[picture_rows(v, p, reduce, about_D) for p in some] for some, about_D in zip(pixels, about, strict=True)]
     texts, tokens, length, embeds = mixed(v, ids, seen, positions)
     if setup.cut is not None:
-        marks = tuple(t for t in (v.cfg.image, v.cfg.video) if t is not None)
         there = [[text[at] for at in place if at != EMPTY] for text, place in zip(texts, places(embeds, texts), strict=True)]
-        setup = replace(setup, cut=setup.cut.seeing(marks, there))
+        setup = replace(setup, cut=setup.cut.seeing(marks_of(v), there))
     setup.check(v.text, [len(text) for text in texts], new)
     given = follow(v.text.params, {"tokens_BT": tokens, "length_B": length, "embeds": embeds})
     with beside(v.text.params):
@@ -192,7 +225,7 @@ def generate(
     setup = replace(setup or Setup(), sampling=sampling)
     check_new(max_new)
     check(v, setup, reduce, positions)
-    setup = setup.fit(v.text)
+    setup = fitted(v, setup)
     prompt = read(v, ids, pictures, setup, max_new, reduce=reduce, positions=positions)
     s = start(v.text, prompt, setup, max_new, seed, eos)
     return finished(v.text, go(v.text, s, setup, max_new, eos))

@@ -111,10 +111,10 @@ def project(params: LlavaParams, x_BSI: jax.Array) -> jax.Array:
 
 
 def features(v: Llava, pixels_BYXC: jax.Array, taps: Taps | None = None) -> tuple[jax.Array, Seen]:
-    """(x_BSI with the class row if the tower has one, what was asked of the tower and the pixels)."""
+    """(x_BSI with the class row if the tower has one, what was asked of the tower, the pixels, and what methods have learned)."""
     taps = (taps or Taps()) | Taps(x=v.cfg.layers)
     seen = look(v.params.tower, v.cfg.tower, pixels_BYXC, taps=taps, upto=taps.top() + 1).seen
-    return jnp.concatenate([seen.x_BSD[i] for i in v.cfg.layers], axis=2), seen.replace(pixels_BYXC=pixels_BYXC)
+    return jnp.concatenate([seen.x_BSD[i] for i in v.cfg.layers], axis=2), seen.replace(pixels_BYXC=pixels_BYXC, side=v.params.tower.side)
 
 
 def see(
@@ -169,7 +169,7 @@ def frame(cfg: ViTConfig) -> ViTConfig:
 
 @partial(jax.jit, static_argnames="cfg")
 def _pooled(tree: Any, *, cfg: ViTConfig) -> Any:
-    """Rows of frames, and numbers a row, at half their height and width; those of a class row stay."""
+    """Rows of frames, and numbers a row, at half their height and width; those of a class row stay, and so does what is learned."""
 
     def one(a: jax.Array) -> jax.Array:
         rows = a.reshape(*a.shape[:2], -1)
@@ -179,7 +179,7 @@ def _pooled(tree: Any, *, cfg: ViTConfig) -> Any:
     if not isinstance(tree, Seen):
         return one(tree)
     heads_first = {i: one(a.swapaxes(1, 2)).swapaxes(1, 2) for i, a in tree.cls_BNS.items()}
-    return jax.tree.map(one, tree.replace(cls_BNS={})).replace(cls_BNS=heads_first)
+    return jax.tree.map(one, tree.replace(cls_BNS={}, side=None)).replace(cls_BNS=heads_first, side=tree.side)
 
 
 class Standing(NamedTuple):
@@ -267,15 +267,32 @@ def fit(v: Llava, pixels: Pixels, canvas: Canvas | None, reduce: Picked) -> None
     reduce.check(frame(v.cfg.tower) if pixels.video else v.cfg.tower)
 
 
-def picture_rows(v: Llava, pixels: Pixels, reduce: Picked | None = None, about_D: jax.Array | None = None) -> Rows:
-    """One picture or video. about_D: the direction of the text beside it. UserError for what cannot be reduced."""
-    canvas, cfg, newline = canvas_of(v, pixels), v.cfg, v.params.newline_D
+def least_rows(v: Llava, pixels: Pixels, reduce: Picked | None = None, kept: bool = False) -> int:
+    """How many tokens of a prompt a picture takes, at least: all its places where rows stay at them (`kept`), else what a method is sure to
+    leave. Nothing is computed. UserError for what the model does not read, and where a method cannot work."""
+    canvas = canvas_of(v, pixels)
     if reduce is not None:
         fit(v, pixels, canvas, reduce)
+    elif canvas is not None and (ratio := shrinks(canvas, v.cfg.most)) > 1:
+        lines, columns = (int((last - first) // ratio) for first, last in (canvas.lines, canvas.columns))
+        return v.cfg.tower.patches + lines * (columns + 1)
+    stand = standing(v, pixels, canvas)
+    if reduce is None or kept:
+        return stand.whole
+    rows = reduce.fewest(frame(v.cfg.tower) if pixels.video else v.cfg.tower, len(pixels.crops_BYXC))
+    bars = canvas.shown().size - canvas.whole() if canvas is not None and reduce.placed else 0
+    return max(rows - bars, 0) + len(stand.line_Y2) * (reduce.newlines() == "all" and reduce.placed)
+
+
+def picture_rows(v: Llava, pixels: Pixels, reduce: Picked | None = None, about_D: jax.Array | None = None) -> Rows:
+    """One picture or video. about_D: the direction of the text beside it. UserError for what cannot be reduced, and for too many rows."""
+    canvas, cfg, newline = canvas_of(v, pixels), v.cfg, v.params.newline_D
+    if (n := least_rows(v, pixels, reduce)) > (most := v.text.cfg.max_len):
+        what = f"{n} rows" if reduce is None else f"at least {n} rows under {type(reduce).__name__}"
+        raise UserError(f"{len(pixels.crops_BYXC)} crops or frames are {what}, {v.name} reads {most}; give fewer, or leave fewer of each")
+    if reduce is not None:
         left = see(v, jnp.asarray(pixels.crops_BYXC), reduce, canvas=canvas, video=pixels.video, about_D=about_D)
         return settled(left, standing(v, pixels, canvas), newline, reduce)
-    if (n := standing(v, pixels, canvas).whole) > v.text.cfg.max_len:
-        raise UserError(f"{len(pixels.crops_BYXC)} crops or frames are {n} rows, {v.name} reads {v.text.cfg.max_len}; give fewer or reduce")
     x = see(v, jnp.asarray(pixels.crops_BYXC)).x_BMD
     if newline is None:
         rows = x[0]

@@ -64,6 +64,8 @@ def tower_tensors(cfg: ViTConfig, params: ViTParams, prefix: str) -> dict[str, n
     """The weights by the names of a ViT. UserError for CLIP's and SigLIP's towers."""
     if cfg.pre_norm or cfg.attention_pool or not cfg.cls:
         raise UserError(f"{cfg.name} is no supervised ViT; only those are saved")
+    if params.side:
+        raise UserError("this tower carries a method's learned parts, which a model folder does not hold; save it with side=None")
     patch = _half(params.patch_DI).reshape(cfg.D, cfg.channels, cfg.patch, cfg.patch)
     found: dict[str, Any] = {f"{prefix}embeddings.patch_embeddings.projection.weight": patch}
     for field, name in _ENDS.items():

@@ -46,7 +46,8 @@ class Taps:
 
 class Seen(struct.PyTreeNode):
     """What `Taps` asked for, by layer. cls_BNS: softmax of the class row's query, of every head. received_BS: the mean over heads and
-    queries of the attention that a row received, so that rows add up to 1. pixels_BYXC: what the tower read, where a caller adds it."""
+    queries of the attention that a row received, so that rows add up to 1. What a caller adds: pixels_BYXC, what the tower read; side, the
+    learned parts of methods (`ViTParams.side`)."""
 
     x_BSD: dict[int, jax.Array]
     cls_BNS: dict[int, jax.Array]
@@ -54,6 +55,7 @@ class Seen(struct.PyTreeNode):
     k_BSNH: dict[int, jax.Array]
     q_BSNH: dict[int, jax.Array]
     pixels_BYXC: jax.Array | None = None
+    side: dict[str, Any] | None = None
 
 
 class Encoded(struct.PyTreeNode):

@@ -7,6 +7,7 @@ I are the numbers of a vector that comes in (a patch: channels, then rows, then 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 from flax import struct
@@ -112,7 +113,11 @@ class AttentionPool(struct.PyTreeNode):
 
 
 class ViTParams(struct.PyTreeNode):
-    """The whole tower. place_SD: one learned position a row. head_VD: class labels (ViT) or the shared space of text and images (CLIP)."""
+    """The whole tower. place_SD: one learned position a row. head_VD: class labels (ViT) or the shared space of text and images (CLIP).
+
+    side: learned parts that methods of token reduction bring (a router), named like fields, letters included. A method finds them in
+    `Seen.side`, one that works while the tower runs in these params.
+    """
 
     patch_DI: jax.Array
     place_SD: jax.Array
@@ -126,3 +131,4 @@ class ViTParams(struct.PyTreeNode):
     pool: AttentionPool | None = None
     head_VD: jax.Array | None = None
     head_bias_V: jax.Array | None = None
+    side: dict[str, Any] | None = None

@@ -137,6 +137,8 @@ class Cascade(Pass):
             raise UserError(f"{name} has {len(layers)} layers and {len(self.keep)} budgets; give one budget for each layer of at")
         if layers != tuple(sorted(set(layers))) or not 0 <= layers[0] <= layers[-1] < cfg.L:
             raise UserError(f"{name} cannot choose at layers {layers} of {cfg.L}; give ascending ones from 0 to {cfg.L - 1}")
+        for budget in self.keep:
+            self.check_stage(budget, cfg.max_len)
 
     def check(self, cfg, length: int) -> None:
         self.check_layers(cfg)

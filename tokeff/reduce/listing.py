@@ -38,7 +38,7 @@ CONFIG = "configs/leaderboard/reduce.py"
 class RowMethod:
     """One method. by: what it goes by: attention, likeness, merging, text, or nothing (a baseline). identity: settings at which all rows
     are left as they are; None where it always changes some. reading: its rule or its constants could not be recovered in full, and this
-    is our reading. numbers: the published settings where they are not the defaults, such as numbers of rows. config: as `Listed`.
+    is our reading. numbers: the published settings, for a tower of 576 patches; what they do not name is as in `make`. config: as `Listed`.
     """
 
     name: str
@@ -112,30 +112,40 @@ class InsideMethod(RowMethod):
 _ALL = {"budget": 1.0}
 METHODS = (
     PictureMethod("FasterVLM", "attention", FasterVLM, visual_papers.FASTERVLM, _ALL),
-    PictureMethod("HiPrune", "attention", HiPrune, visual_papers.HIPRUNE, _ALL),
-    PictureMethod("FlowCut", "attention", FlowCut, visual_papers.FLOWCUT, _ALL),
+    PictureMethod("HiPrune", "attention", HiPrune, visual_papers.HIPRUNE, _ALL, numbers={"budget": 64, "share": 0.1}),
+    PictureMethod("FlowCut", "attention", FlowCut, visual_papers.FLOWCUT, _ALL, numbers={"budget": 128, "every": 2, "keep": 0.5}),
     PictureMethod("TokenCorrCompress", "attention", TokenCorr, visual_papers.TOKENCORR, {"often": 1.0}, reading=True),
-    PictureMethod("HiRED", "attention", HiRED, visual_papers.HIRED, {"budget": 1.0, "lines": "used"}),
-    PictureMethod("GlobalCom2", "attention", GlobalCom2, visual_papers.GLOBALCOM2, _ALL),
-    PictureMethod("DivPrune", "likeness", DivPrune, visual_papers.DIVPRUNE, _ALL),
-    PictureMethod("ToDRE", "likeness", ToDRE, visual_papers.TODRE, _ALL, reading=True),
-    PictureMethod("VisPruner", "likeness", VisPruner, visual_papers.VISPRUNER, _ALL),
+    PictureMethod(
+        "HiRED", "attention", HiRED, visual_papers.HIRED, {"budget": 1.0, "lines": "used"}, numbers={"budget": 0.2, "alpha": 0.5}
+    ),
+    PictureMethod("GlobalCom2", "attention", GlobalCom2, visual_papers.GLOBALCOM2, _ALL, numbers={"budget": 0.25, "heat": 10.0}),
+    PictureMethod("DivPrune", "likeness", DivPrune, visual_papers.DIVPRUNE, _ALL, numbers={"budget": 0.098}),
+    PictureMethod("ToDRE", "likeness", ToDRE, visual_papers.TODRE, _ALL, reading=True, numbers={"budget": 0.1}),
+    PictureMethod("VisPruner", "likeness", VisPruner, visual_papers.VISPRUNER, _ALL, numbers={"share": 0.5, "step": 8}),
     PictureMethod("CDPruner", "text", CDPruner, visual_papers.CDPRUNER, _ALL, reading=True),
     PictureMethod("CATP", "text", CATP, visual_papers.CATP, _ALL, reading=True),
     PictureMethod("VisionZip", "merging", VisionZip, visual_papers.VISIONZIP, None, numbers={"budget": 54, "contextual": 10}),
-    PictureMethod("PruMerge", "merging", PruMerge, visual_papers.PRUMERGE, None),
-    PictureMethod("AIM", "merging", AIM, visual_papers.AIM, {"rounds": 0}),
-    PictureMethod("VFlowOpt", "merging", VFlowOpt, visual_papers.VFLOWOPT, _ALL),
-    PictureMethod("MustDrop", "merging", MustDrop, visual_papers.MUSTDROP, {"like": 2.0}),
-    PictureMethod("HoliTom", "merging", video.HoliTom, visual_papers.HOLITOM, {"budget": 1.0, "tau": 1.0}),
-    PictureMethod("FastVID", "merging", video.FastVID, visual_papers.FASTVID, {"budget": 1.0, "context": 0.0}, reading=True),
-    PictureMethod("DyCoke", "likeness", video.DyCoke, visual_papers.DYCOKE, {"drop": 0.0}),
+    PictureMethod("PruMerge", "merging", PruMerge, visual_papers.PRUMERGE, None, numbers={"budget": 1.0, "how": "outliers", "near": 32}),
+    PictureMethod("AIM", "merging", AIM, visual_papers.AIM, {"rounds": 0}, numbers={"rounds": 2}),
+    PictureMethod(
+        "VFlowOpt", "merging", VFlowOpt, visual_papers.VFLOWOPT, _ALL,
+        numbers={"budget": 0.11661529508161146, "above": 39.26492840997221, "cell": 17.4},
+    ),
+    PictureMethod("MustDrop", "merging", MustDrop, visual_papers.MUSTDROP, {"like": 2.0}, numbers={"like": 0.8, "window": (3, 3)}),
+    PictureMethod(
+        "HoliTom", "merging", video.HoliTom, visual_papers.HOLITOM, {"budget": 1.0, "tau": 1.0}, numbers={"budget": 0.1, "tau": 0.8}
+    ),
+    PictureMethod(
+        "FastVID", "merging", video.FastVID, visual_papers.FASTVID, {"budget": 1.0, "context": 0.0}, reading=True,
+        numbers={"context": 0.4, "segments": 8, "tau": 0.9, "every": 4, "beta": 0.6},
+    ),
+    PictureMethod("DyCoke", "likeness", video.DyCoke, visual_papers.DYCOKE, {"drop": 0.0}, numbers={"drop": 0.7}),
     PictureMethod("StillRuns", "merging", video.StillRuns, None, {"tau": 1.0}),
     PictureMethod("OnDeviceSora", "merging", video.FramePairs, visual_papers.SORA, {"frames": 1}),
     PictureMethod("RandomPatches", "baseline", RandomPatches, None, _ALL),
     PictureMethod("PooledPatches", "baseline", PooledPatches, None, {"cells": GRID}),
     PictureMethod("SmallerImage", "baseline", SmallerImage, None, {"cells": GRID}),
-)
+)  # fmt: skip
 
 _EVERY = {"keep": (1.0, 1.0, 1.0)}
 INSIDE = (

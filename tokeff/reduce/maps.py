@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -68,6 +69,7 @@ class PageRanked(PictureCascade):
     keep: tuple[Budget, ...] = (0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125, 0)
     heat: float = 0.1
     rounds: int = 5
+    empties: ClassVar[bool] = True
 
     def layers(self, cfg) -> tuple[int, ...]:
         first = layer_at(self.at[0], cfg.L)

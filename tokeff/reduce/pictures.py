@@ -39,6 +39,8 @@ class PictureCascade(Cascade):
     gone: tuple[int, ...] = ()
     behind: int = 0
 
+    empties: ClassVar[bool] = False  # a stage may leave none of a picture's rows
+
     def seeing(self, tokens: tuple[int, ...], texts: Sequence[Sequence[int]]) -> Self:
         marked = [[t in tokens for t in text[:-1]] for text in texts]  # the last row goes on whatever it is
         seen = whole_steps(min(map(sum, marked)))
@@ -55,8 +57,7 @@ class PictureCascade(Cascade):
         return min(most_rows(self.keep[stage], seen), seen) if self.keep[stage] else 0
 
     def check_stage(self, budget: Budget, length: int) -> None:
-        """0 leaves none of a picture's rows."""
-        if budget != 0:
+        if budget != 0 or not self.empties:
             check_budget(budget, length)
 
     def check(self, cfg, length: int) -> None:

@@ -61,6 +61,10 @@ class LastRowTopK(Pass):
     def layers(self, cfg) -> tuple[int, ...]:
         return (self.layer,)
 
+    def check_layers(self, cfg) -> None:
+        super().check_layers(cfg)
+        check_budget(self.budget, cfg.max_len)
+
     def check(self, cfg, length: int) -> None:
         check_budget(self.budget, length)
         if not 0 <= self.layer < cfg.L:
@@ -96,6 +100,9 @@ class LastRows(Pass):
 
     def layers(self, cfg) -> tuple[int, ...]:
         return (0,)
+
+    def check_layers(self, cfg) -> None:
+        check_budget(self.budget, cfg.max_len)
 
     def check(self, cfg, length: int) -> None:
         check_budget(self.budget, length)

@@ -153,7 +153,7 @@ class LazyRows(Policy):
 
     def pack(self, layers: tuple[Prefilled, ...], room: Room, cfg) -> tuple[Slots, ...]:
         first, S = layers[0], layers[0].order_BKS.shape[2]
-        C, table_BS = whole_tiles(S + room.rows), layers[0].order_BKS[:, 0]
+        C, table_BS = whole_tiles(S + room.rows, first.k_BKSH.dtype), layers[0].order_BKS[:, 0]
         chooses, packed, x = tuple(self.chooses(cfg, S)), [], None
         for i, layer in enumerate(layers):
             slot = slots_of(table_BS, layer.order_BKS[:, 0])

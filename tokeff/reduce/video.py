@@ -110,7 +110,8 @@ class HoliTom(Filmed):
     averaging the rows still through a run takes most away (`segments`). The share R = budget all rows / those that are left, at most 1,
     is then kept: of the others of each frame, those that receive most attention at `layer` of the tower, rounded up; of a run's
     averaged rows, that many clusters (`clustered`), rounded to the nearest. Rows stand in reading order, averaged ones in the first frame
-    of their run, as released for lines of frames; where a video has no lines the released code puts a run's averaged rows first.
+    of their run, as released for lines of frames; where a video has no lines the released code puts a run's averaged rows first. The
+    paper's last step, merging rows in a layer of the decoder, is not here.
     """
 
     budget: float = 0.1
@@ -181,9 +182,15 @@ class DyCoke(Filmed):
         x, F, P = patches(x_BSD, cfg), len(x_BSD), cfg.patches
         earlier, u = self.earlier(F), unit(x)
         like = (u * u[earlier]).sum(axis=2)
-        keep = np.where(earlier == np.arange(F), P, max(int((1 - self.drop) * P + 1e-6), 1))
         rank = jnp.argsort(jnp.argsort(jnp.nan_to_num(like, nan=2.0), axis=1, stable=True), axis=1)
-        return Reduced(x, jnp.broadcast_to(jnp.arange(P), (F, P)), rank < keep[:, None])
+        return Reduced(x, jnp.broadcast_to(jnp.arange(P), (F, P)), rank < self.stays(F, P)[:, None])
+
+    def stays(self, F: int, P: int) -> np.ndarray:
+        """count_F of the rows that stay."""
+        return np.where(self.earlier(F) == np.arange(F), P, max(int((1 - self.drop) * P + 1e-6), 1))
+
+    def fewest(self, cfg: ViTConfig, crops: int) -> int:
+        return int(self.stays(crops, cfg.patches).sum())
 
 
 @dataclass(frozen=True)
@@ -222,9 +229,8 @@ class FastVID(Filmed):
 
     def reduce(self, x_BSD: jax.Array, seen: Seen, cfg: ViTConfig) -> Reduced:
         x, F, P = patches(x_BSD, cfg), len(x_BSD), cfg.patches
-        n = int(self.budget * P + 1e-6)
-        context = int(n * self.context)
-        looked = top_of(patches(seen.received_BS[cfg.layer(self.layer)], cfg), jnp.full((F, 1), n - context))
+        looks, context = self.parts(cfg)
+        looked = top_of(patches(seen.received_BS[cfg.layer(self.layer)], cfg), jnp.full((F, 1), looks))
         segment_F = self.cut(x)
         same_FF = segment_F[:, None] == segment_F
         length_F, behind_F = same_FF.sum(axis=1), (same_FF & (jnp.arange(F) > jnp.arange(F)[:, None])).sum(axis=1)
@@ -234,6 +240,14 @@ class FastVID(Filmed):
         centre = top_of(score, count_F[:, None])
         merged = jax.lax.map(lambda a: self.gathered(x, ~looked & a[1][:, None], a[0], a[2]), (x, same_FF, centre))
         return Reduced(jnp.where(centre[..., None], merged, x), jnp.broadcast_to(jnp.arange(P), (F, P)), looked | centre)
+
+    def parts(self, cfg: ViTConfig) -> tuple[int, int]:
+        """Rows of a frame that are looked at, and clusters of the others in the mean."""
+        n = int(self.budget * cfg.patches + 1e-6)
+        return n - int(n * self.context), int(n * self.context)
+
+    def fewest(self, cfg: ViTConfig, crops: int) -> int:
+        return max(crops * self.parts(cfg)[0], 1)
 
     def cut(self, x_FPD: jax.Array) -> jax.Array:
         """segment_F: the number of the segment each frame is in."""
@@ -265,6 +279,9 @@ class StillRuns(Filmed):
 
     tau: float = 0.9
 
+    def fewest(self, cfg: ViTConfig, crops: int) -> int:
+        return cfg.patches  # those of the first frame
+
     def at_share(self, share: float, F: int, alike: Callable[[], np.ndarray]) -> Filmed | None:
         rest = 1 - (1 - share) * F / (F - 1)  # rows behind the first frame that begin a run
         return replace(self, tau=float(np.quantile(alike(), rest))) if rest > 0 else None
@@ -287,6 +304,9 @@ class FramePairs(Filmed):
     """
 
     frames: int = 2
+
+    def fewest(self, cfg: ViTConfig, crops: int) -> int:
+        return -(-crops // self.frames) * cfg.patches
 
     def at_share(self, share: float, F: int, alike: Callable[[], np.ndarray]) -> Filmed | None:
         few = [n for n in range(1, F + 1) if -(-F // n) <= share * F]

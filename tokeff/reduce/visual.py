@@ -6,8 +6,9 @@ rows depends on the picture, M is the most there can be.
 
 A `Picked` is a frozen choice. What it wants to know of the tower it says in `taps`; `reduce` maps the rows of a picture, x_BSD with the
 class row first where the tower has one, to the M rows that are left and the patch each stands for. It is given every crop and every
-frame as a picture of its own. Four kinds look further: at the tower's layers while they run (`Walked`), at a thumbnail and its crops
-(`Cropped`), at the frames of a video (`Filmed`), at the text (`Told`). All methods are listed in `tokeff.reduce.listing`.
+frame as a picture of its own. What a method has learned (a router) stands in `ViTParams.side` and reaches it as `seen.side`. Four kinds
+look further: at the tower's layers while they run (`Walked`), at a thumbnail and its crops (`Cropped`), at the frames of a video
+(`Filmed`), at the text (`Told`). All methods are listed in `tokeff.reduce.listing`.
 """
 
 from __future__ import annotations
@@ -56,8 +57,13 @@ class Picked:
         raise NotImplementedError
 
     def rows(self, cfg: ViTConfig) -> int:
-        """M: how many rows are left of a picture."""
+        """M: how many rows are left of a picture, at most."""
         raise NotImplementedError
+
+    def fewest(self, cfg: ViTConfig, crops: int) -> int:
+        """How many rows are left of so many crops or frames of one picture, at least. A method whose number depends on what is seen says so
+        here: prompts that are too long at any rate are refused before a tower runs."""
+        return crops * self.rows(cfg)
 
     def taps(self, cfg: ViTConfig) -> Taps:
         """What it wants to know of the tower."""
@@ -102,6 +108,9 @@ class Filmed(Picked):
     def rows(self, cfg: ViTConfig) -> int:
         """The most that can be left of a frame."""
         return cfg.patches
+
+    def fewest(self, cfg: ViTConfig, crops: int) -> int:
+        return 1
 
     def at_share(self, share: float, F: int, alike: Callable[[], np.ndarray]) -> Filmed | None:
         """It at the setting that leaves about this share of the rows of F frames, or at most it where the settings are few; None where none
@@ -238,10 +247,14 @@ class FasterVLM(Chosen):
 
 @dataclass(frozen=True)
 class DivPrune(Chosen):
-    """DivPrune (Alvar et al. 2025): a set of patches far from each other, as the decoder gets them. The published share is .098."""
+    """DivPrune (Alvar et al. 2025): a set of patches far from each other, as the decoder gets them. The published share is .098. A
+    share is rounded to the nearest number of patches, as released: 56 of 576."""
 
     budget: Budget = 0.098
     projected: ClassVar[bool] = True
+
+    def rows(self, cfg: ViTConfig) -> int:
+        return max(round(self.budget * cfg.patches), 1) if isinstance(self.budget, float) else super().rows(cfg)
 
     def choose(self, x_BSD, seen, cfg):
         return spread(patches(x_BSD, cfg), self.rows(cfg))

@@ -26,7 +26,7 @@ class Shared(Cropped):
     budget: Budget = 0.2
 
     def check(self, cfg: ViTConfig) -> None:
-        if isinstance(self.budget, float):
+        if isinstance(self.budget, (float, bool)):
             check_budget(self.budget, cfg.patches)
         elif self.budget < 1:
             raise UserError(f"budget {self.budget} rows does not fit a picture; give at least 1")
@@ -46,6 +46,7 @@ class HiRED(Shared):
     counted by the crop in which they lie, and each crop gets its share of what is left, rounded down. Within thumbnail and crops the class
     row's attention at `layer` ranks. The released code counts patches by strips of consecutive ones (`strips`), which are crops' places
     only where crops lie above one another. Patches in the bars beside a picture cost budget and are gone. Newlines go too, as released.
+    A share of all patches is rounded up before it is split.
     """
 
     alpha: float = 0.5
@@ -77,6 +78,12 @@ class HiRED(Shared):
     def reduce(self, x_BSD: jax.Array, seen: Seen, cfg: ViTConfig) -> Reduced:
         return take(patches(x_BSD, cfg), best(importance(seen, self.layer, cfg), self.rows(cfg)))
 
+    def fewest(self, cfg: ViTConfig, crops: int) -> int:
+        if crops == 1:
+            return self.rows(cfg)
+        total = most_rows(self.budget, crops * cfg.patches)
+        return total if total == crops * cfg.patches else min(int(total * self.alpha), cfg.patches)
+
     def across(self, x_BSD: jax.Array, seen: Seen, cfg: ViTConfig, canvas: Canvas) -> Reduced:
         B, P = len(x_BSD), cfg.patches
         if (total := most_rows(self.budget, B * P)) == B * P:
@@ -105,10 +112,10 @@ class GlobalCom2(Shared):
     """GlobalCom2 (Liu et al. 2025): the thumbnail says how much of each crop stays, and has a say in which patches.
 
     With share R of the thumbnail's patches, crop j keeps R (1 + softmax_j(s / heat) - mean), at most 1, of its patches that show the
-    picture, s_j the class row's attention to the thumbnail's patches in it. A crop's patches are ranked by their own attention plus that of
-    the thumbnail, resized to the canvas, each of length 1. Attention is the mean over heads at `layer`. At R = 1 nothing goes. Every line
-    keeps its newline, as released, where those of the bars stay too. Of a picture of one crop R stays as well; there the released code
-    leaves everything.
+    picture, s_j the class row's attention to the thumbnail's patches in it. Both numbers are rounded down, as released. A crop's patches
+    are ranked by their own attention plus that of the thumbnail, resized to the canvas, each of length 1. Attention is the mean over heads
+    at `layer`. At R = 1 nothing goes. Every line keeps its newline, as released, where those of the bars stay too. Of a picture of one crop
+    R stays as well; there the released code leaves everything.
     """
 
     budget: Budget = 0.25
@@ -121,6 +128,12 @@ class GlobalCom2(Shared):
         if not self.heat > 0 or self.rows(cfg) > cfg.patches:
             raise UserError(f"heat {self.heat} or budget {self.budget} fits no crop; give a heat above 0 and no more than a crop's patches")
 
+    def rows(self, cfg: ViTConfig) -> int:
+        return max(int(self.budget * cfg.patches + 1e-9), 1) if isinstance(self.budget, float) else self.budget
+
+    def fewest(self, cfg: ViTConfig, crops: int) -> int:
+        return crops * cfg.patches if self.rows(cfg) == cfg.patches else self.rows(cfg)
+
     def newlines(self) -> str:
         return "all"
 
@@ -132,14 +145,15 @@ class GlobalCom2(Shared):
 
     def across(self, x_BSD: jax.Array, seen: Seen, cfg: ViTConfig, canvas: Canvas) -> Reduced:
         attention, crops, P, M = importance(seen, self.layer, cfg), len(x_BSD) - 1, cfg.patches, self.rows(cfg)
+        R = self.budget if isinstance(self.budget, float) else M / P
         in_crop = crop_of_patch(cfg, canvas) == np.arange(crops)[:, None]
         weight = jax.nn.softmax(jnp.where(in_crop, attention[0], 0).sum(axis=1) / self.heat)
-        keep = jnp.ones(crops) if M == P else jnp.minimum(M / P * (1 + weight - 1 / crops), 1)
+        keep = jnp.ones(crops) if M == P else jnp.minimum(R * (1 + weight - 1 / crops), 1)
         shown = canvas.shown()
         count = jnp.floor(keep * shown.sum(axis=1) + 1e-4).astype(jnp.int32)  # a whole number of patches is one in float32 too
         own, above = (_length_one(jnp.where(shown, a, 0)) for a in (attention[1:], self.above(attention[0], cfg, canvas)))
         score = jnp.concatenate([attention[:1], jnp.where(shown, own + above, -jnp.inf)])
-        most = min(P, math.ceil(P * min(1, M / P * (2 - 1 / crops))))
+        most = min(P, math.ceil(P * min(1, R * (2 - 1 / crops))))
         index, real = upto(score, jnp.concatenate([jnp.array([M]), count]), max(M, most))
         return take(patches(x_BSD, cfg), index, real)
 
@@ -178,6 +192,9 @@ class TokenCorr(Chosen):
             raise UserError(f"TokenCorr ranks by the class row, which {cfg.name} has none of; use FasterVLM or DivPrune")
         if not 0 <= self.often <= 1:
             raise UserError(f"often={self.often} is not a share of the patches; give a fraction from 0 to 1")
+
+    def fewest(self, cfg: ViTConfig, crops: int) -> int:
+        return crops
 
     def taps(self, cfg: ViTConfig) -> Taps:
         return Taps(cls=(cfg.layer(self.layer),), k=(cfg.layer(self.layer),))

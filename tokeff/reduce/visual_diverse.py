@@ -21,7 +21,8 @@ class ToDRE(Chosen):
 
     By the cosine distance of rows as they leave the tower. total: the next patch is the one with the largest sum of distances to those
     chosen (max-sum, the second version of the paper); else the one farthest from the nearest of them (k-centre, the first version). With
-    which patch it starts could not be recovered: here the one with the largest sum of distances to all.
+    which patch it starts could not be recovered: here the one with the largest sum of distances to all. The second stage, which drops all
+    rows of pictures at a layer of the decoder where text looks at them little, is not here.
     """
 
     budget: Budget = 0.1
@@ -168,7 +169,8 @@ class CATP(Told):
     Published is that both decide, on rows behind the projector; how they are put together, and how many stay, could not be recovered.
     Here the first patch is the one most relevant to the text, and the next is always the one with the largest sum of its distance
     to the nearest chosen one (1 - cosine) and `text` times its relevance, scaled to 0..1. The text is that of the whole prompt. Without
-    a text the patches are those of a k-centre choice. The second stage works inside the decoder.
+    a text the patches are those of a k-centre choice. The paper's second stage, in shallow layers of the decoder by the difference of
+    attention and by relevance, is not here: its rule could not be recovered.
     """
 
     budget: Budget = 0.5

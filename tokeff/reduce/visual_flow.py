@@ -28,8 +28,8 @@ class VFlowOpt(Chosen):
     settings have 0; the released code casts normalised pixels to bytes, which folds the negative ones onto the others.
     Of the patches that go, `cell` x `cell` ones become their mean, weighted by what they count for, at the place of the best. As released,
     the budget pays for P / cell^2 of them, and cells at the edge come on top, so at most `rows` are left. The defaults are those found for
-    a tenth of all rows in LLaVA-OneVision, of which the decoder's cuts are a part; `completed` gives the last of these. There all rows of
-    a laid-out picture are ranked together; here every crop by itself.
+    a tenth of all rows in LLaVA-OneVision, of which the decoder's cuts are a part; `completed` gives the share of the last of these, the
+    cuts themselves are not here. There all rows of a laid-out picture are ranked together; here every crop by itself.
     """
 
     budget: Budget = 0.11661529508161146
@@ -59,6 +59,10 @@ class VFlowOpt(Chosen):
     def rows(self, cfg: ViTConfig) -> int:
         """The most that can be left: what is kept, and a row of every cell."""
         return cfg.patches if (K := self.kept(cfg)) >= cfg.patches else min(K + math.prod(self.cells(cfg)), cfg.patches)
+
+    def fewest(self, cfg: ViTConfig, crops: int) -> int:
+        K = self.kept(cfg)
+        return crops * min(K + 1, cfg.patches)
 
     def taps(self, cfg: ViTConfig) -> Taps:
         return Taps(q=(cfg.layer(self.layer),), k=(cfg.layer(self.layer),))
@@ -167,8 +171,9 @@ def search(
     """(settings, value) at which a measured objective was greatest, of `calls` tries.
 
     In VFlowOpt the objective is the sum, over some prompts, of the cosine between the last token's last hidden row with and without
-    pruning. `first` tries are uniform; each later one moves some of the best settings so far, by steps that become smaller. The paper
-    models the objective by a Gaussian process instead. What is no number counts as the worst. Raises UserError for knobs that cannot turn.
+    pruning; it is the caller's to write. `first` tries are uniform; each later one moves some of the best settings so far, by steps that
+    become smaller. The paper models the objective by a Gaussian process instead. What is no number counts as the worst. Raises UserError
+    for knobs that cannot turn.
     """
     if calls < 1 or not knobs or any(not k.low < k.high for k in knobs):
         raise UserError(f"{calls} tries of {len(knobs)} knobs find nothing; give at least one try, and knobs with low below high")

@@ -15,7 +15,9 @@ from tokeff.models.flow import EMPTY
 from tokeff.models.vit import Seen, Taps
 from tokeff.models.vit_config import ViTConfig
 from tokeff.reduce.merge import merge
-from tokeff.reduce.visual import Chosen, Picked, Reduced, asked, best, cosines, importance, patches, take
+from tokeff.reduce.visual import Chosen, Picked, Reduced, asked, best, cosines, importance, patches, take, upto
+
+COUNTS = ("budget", "outliers", "plus")
 
 
 @dataclass(frozen=True)
@@ -78,13 +80,20 @@ class PruMerge(Chosen):
     all that is left.
 
     Attention is that of one head as wide as the model, at `layer`. A kept row adds sum_j a_j x_j over the `near` patches whose keys are
-    closest by cosine; the last row is that sum over all patches that were not kept. Neither is normalised, as published. How many are
-    kept is the picture's own in the paper; here it is the budget, so that pictures can share a batch. Kept rows stand in
-    reading order.
+    closest by cosine; the last row is that sum over all patches that were not kept. Neither is normalised, as published. Kept rows stand
+    in reading order. How many are kept is what `how` says:
+
+    - 'budget': as many as the budget, so that pictures share a number.
+    - 'outliers', as published: those whose attention is above the third quartile by more than 1.5 times the quartiles' distance.
+    - 'plus' (PruMerge+): these n, and as released every s-th patch from the first on but the last, s = floor(floor(P / n) / 3).
+
+    The last two depend on the picture; the budget bounds them, those with most attention first. Where there is no outlier, the patch with
+    the most attention stands for one; there the released code breaks off.
     """
 
     layer: int = -1
     near: int = 32
+    how: str = "budget"
     placed: ClassVar[bool] = False
 
     def check(self, cfg: ViTConfig) -> None:
@@ -93,9 +102,14 @@ class PruMerge(Chosen):
             raise UserError(f"PruMerge ranks by the class row, which {cfg.name} has none of; use FasterVLM or DivPrune")
         if self.near < 1:
             raise UserError(f"near={self.near} patches add nothing; give at least 1")
+        if self.how not in COUNTS:
+            raise UserError(f"how={self.how!r} is no number of patches; give one of {', '.join(COUNTS)}")
 
     def rows(self, cfg: ViTConfig) -> int:
         return super().rows(cfg) + 1
+
+    def fewest(self, cfg: ViTConfig, crops: int) -> int:
+        return crops * (self.rows(cfg) if self.how == "budget" else 2)
 
     def taps(self, cfg: ViTConfig) -> Taps:
         return Taps(k=(cfg.layer(self.layer),), q=(cfg.layer(self.layer),))
@@ -104,7 +118,29 @@ class PruMerge(Chosen):
         at = cfg.layer(self.layer)
         k = seen.k_BSNH[at].reshape(*x_BSD.shape[:2], cfg.D)
         score = one_head(seen.q_BSNH[at].reshape(k.shape)[:, :1], k)
-        return gathered(patches(x_BSD, cfg), patches(k, cfg), patches(score, cfg), self.rows(cfg) - 1, min(self.near, cfg.patches - 1))
+        score, M = patches(score, cfg), self.rows(cfg) - 1
+        kept = (best(score, M), None)
+        if self.how != "budget":
+            among = outliers(score)
+            wanted = among | evenly(among.sum(axis=1), cfg.patches) if self.how == "plus" else among
+            wanted = wanted & ~jnp.isnan(score)
+            kept = upto(jnp.where(wanted, score, -jnp.inf), wanted.sum(axis=1), M)
+        return gathered(patches(x_BSD, cfg), patches(k, cfg), score, kept, min(self.near, cfg.patches - 1))
+
+
+def outliers(score_BP: jax.Array) -> jax.Array:
+    """mask_BP of the scores that lie above the third quartile by more than 1.5 times the distance of the first to the third; where there is
+    none, of the highest (PruMerge, sec. 3.2). Quartiles between two scores are interpolated."""
+    low, high = jnp.nanpercentile(score_BP, jnp.array([25.0, 75.0]), axis=1)
+    above = score_BP > (high + 1.5 * (high - low))[:, None]
+    first = jnp.arange(score_BP.shape[1]) == best(score_BP, 1)
+    return above | (first & ~above.any(axis=1, keepdims=True))
+
+
+def evenly(count_B: jax.Array, P: int) -> jax.Array:
+    """mask_BP of every s-th patch but the last one, s a third of P / count, both rounded down (PruMerge+); s is 1 at least."""
+    step = jnp.maximum(P // count_B // 3, 1)[:, None]
+    return (jnp.arange(P) % step == 0) & (jnp.arange(P) < P - 1)
 
 
 def one_head(q_B1D: jax.Array, k_BSD: jax.Array) -> jax.Array:
@@ -113,18 +149,21 @@ def one_head(q_B1D: jax.Array, k_BSD: jax.Array) -> jax.Array:
     return jax.nn.softmax(logits * k_BSD.shape[-1] ** -0.5, axis=-1)
 
 
-def gathered(x_BPD: jax.Array, k_BPD: jax.Array, score_BP: jax.Array, M: int, near: int) -> Reduced:
-    """M best rows with their neighbours added, and one row of what is left (PruMerge, sec. 3.2 and 3.3; the sums as released)."""
-    index, P = best(score_BP, M), x_BPD.shape[1]
+def gathered(x_BPD: jax.Array, k_BPD: jax.Array, score_BP: jax.Array, kept: tuple[jax.Array, jax.Array | None], near: int) -> Reduced:
+    """The kept rows (index_BM, and which are real) with their neighbours added, and one row of what is left (PruMerge, sec. 3.2 and 3.3;
+    the sums as released)."""
+    (index, real), P = kept, x_BPD.shape[1]
     like = cosines(jnp.take_along_axis(k_BPD, index[..., None], axis=1), k_BPD)
     like = jnp.where(jnp.arange(P) == index[..., None], -jnp.inf, like)
     close_BMJ = jax.lax.top_k(like, near)[1]
     among_BMP = jax.nn.one_hot(close_BMJ, P, dtype=jnp.float32).sum(axis=2)
-    left_B1P = 1 - jax.nn.one_hot(index, P, dtype=jnp.float32).sum(axis=1, keepdims=True)
+    own_BMP = jax.nn.one_hot(index if real is None else jnp.where(real, index, P), P, dtype=jnp.float32)
+    left_B1P = 1 - own_BMP.sum(axis=1, keepdims=True)
     weight = jnp.concatenate([among_BMP, left_B1P], axis=1) * score_BP[:, None]
     more = jnp.einsum("bmp,bpd->bmd", weight, x_BPD.astype(jnp.float32), precision="highest").astype(x_BPD.dtype)
     own = jnp.pad(take(x_BPD, index).x_BMD, ((0, 0), (0, 1), (0, 0)))
-    return Reduced(own + more, jnp.pad(index, ((0, 0), (0, 1)), constant_values=EMPTY))
+    real = None if real is None else jnp.pad(real, ((0, 0), (0, 1)), constant_values=True)
+    return Reduced(own + more, jnp.pad(index, ((0, 0), (0, 1)), constant_values=EMPTY), real)
 
 
 @dataclass(frozen=True)

@@ -42,9 +42,10 @@ class FlowCut(Walked):
 
     A patch's score is (a + s) |v|_1: the class row's attention, the softmax of the class row's value with all values, both the mean over
     heads and adding up to 1 over the patches that are left; and the length of its mean value. What counts is a running mean, half old and
-    half new. With n layers to go and N patches left, round((N - M) / sqrt(n) (1 - (entropy / log N)^2)) go; with none to go, all but M. The
-    last cut is one layer below the features. For crops the released code gives each half of the budget and cuts again in the decoder; of
-    their newlines it keeps none.
+    half new. With n layers to go and N patches left, round((N - M) / sqrt(n) (1 - (entropy / log N)^2)) go; with none to go, all but M. As
+    released, n counts layers, not the cuts among them. The last cut is one layer below the features. For crops the released code gives each
+    half of the budget and cuts again in the decoder; of their newlines it keeps none. Of a batch its largest cut is every picture's; here
+    each has its own.
     """
 
     budget: Budget = 128 / 576
@@ -117,7 +118,8 @@ class MustDrop(Walked):
 
     A window goes where the cosine of its pairs, the mean over all of them, reaches `like`; it becomes its mean, at the place of its first
     patch, and the rest of the tower runs on what is left.
-    The released code puts merged rows first and merges as many windows in every picture of a batch; here rows stay in reading order.
+    The released code puts merged rows first and merges as many windows in every picture of a batch; here rows stay in reading order. The
+    paper's key set, the 8% of patches that the class row looks at most in the last layer and that no later stage may drop, is not made.
     """
 
     like: float = 0.8
@@ -130,6 +132,9 @@ class MustDrop(Walked):
     def rows(self, cfg: ViTConfig) -> int:
         """The most there can be: all patches, where no window is merged."""
         return cfg.patches
+
+    def fewest(self, cfg: ViTConfig, crops: int) -> int:
+        return crops * cfg.patches // (self.window[0] * self.window[1])
 
     def walk(self, params: ViTParams, cfg: ViTConfig, pixels_BYXC: jax.Array, layers: tuple[int, ...]) -> Reduced:
         if not 0 <= (top := max(layers)) < cfg.L:
