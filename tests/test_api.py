@@ -16,7 +16,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
 import tokeff
-from tokeff.context import Compressed
+from tokeff.context import Compressed, digest, file_digest
 from tokeff.errors import UserError
 from tokeff.models.config import Precision
 from tokeff.models.load import Model
@@ -278,6 +278,16 @@ def cut_short(folder: Path):
     (folder / "cache.safetensors").write_bytes(whole[: len(whole) // 2])
 
 
+def seal(folder: Path):
+    """What a writer of such a file would note of it."""
+    try:
+        about = json.loads((folder / "context.json").read_text())
+        about |= {"seal": {"about": digest(about), "arrays": file_digest(folder / "cache.safetensors")}}
+        (folder / "context.json").write_text(json.dumps(about))
+    except (OSError, ValueError, AttributeError, TypeError):
+        pass  # nothing that could be sealed
+
+
 DAMAGE = {
     "unknown class": in_policy(type="Evil"),
     "unknown field": in_policy(colour="red"),
@@ -292,10 +302,14 @@ DAMAGE = {
     "a list": lambda folder: (folder / "context.json").write_text("[]"),
 }
 
+@pytest.mark.parametrize("sealed", [False, True])
 @pytest.mark.parametrize("name", DAMAGE)
-def test_damaged_context(name, tmp_path):
+def test_damaged_context(name, sealed, tmp_path):
+    """Also where the file says that it was written so; tests/test_saved.py has damage that only its seal tells."""
     saved().save(tmp_path / "c")
     DAMAGE[name](tmp_path / "c")
+    if sealed:
+        seal(tmp_path / "c")
     with pytest.raises(UserError) as e:
         Compressed.load(model(), tmp_path / "c")
     assert "\n" not in str(e.value)

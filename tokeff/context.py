@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import inspect
 import json
 import os
@@ -33,6 +34,8 @@ from tokeff.models.transformer import Pass
 from tokeff.sharding import beside, field_of
 from tokeff.sparse.pattern import Pattern
 from tokeff.sparse.patterns import PerHead
+
+FORMAT = 2  # of saved contexts; those of another one are refused
 
 
 def choices() -> dict[str, type]:
@@ -90,7 +93,7 @@ class Compressed:
         if folder.exists():
             raise UserError(f"{folder} exists; save to a new folder")
         about = {
-            "setup": to_json(self.setup), "tokens": list(self.tokens), "next": self.next, "room": self.room,
+            "format": FORMAT, "setup": to_json(self.setup), "tokens": list(self.tokens), "next": self.next, "room": self.room,
             "rows": list(self.rows), "model": self.model, "compact": to_json(compact),
             "lossy": to_json(compact if isinstance(compact, Compact) else self.lossy),
         }  # fmt: skip
@@ -100,7 +103,8 @@ class Compressed:
             folder.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder.parent) as part:
                 save_file(arrays, Path(part) / "cache.safetensors")
-                (Path(part) / "context.json").write_text(json.dumps(about))
+                seal = {"about": digest(about), "arrays": file_digest(Path(part) / "cache.safetensors")}
+                (Path(part) / "context.json").write_text(json.dumps(about | {"seal": seal}))
                 (Path(part) / "done").mkdir()
                 os.rename(Path(part) / "cache.safetensors", Path(part) / "done" / "cache.safetensors")
                 os.rename(Path(part) / "context.json", Path(part) / "done" / "context.json")
@@ -110,9 +114,11 @@ class Compressed:
 
     @staticmethod
     def load(m: Model, folder: str | Path) -> Compressed:
-        """A saved context, for the model it was made with."""
+        """A saved context, for the model it was made with. Refused where its policy, or a byte of its arrays, is not what was saved."""
         try:
             about = json.loads((Path(folder) / "context.json").read_text())
+            if about.get("format") != FORMAT:
+                raise UserError(f"{folder} is no context of format {FORMAT}, which this version writes; compress the text again")
             compact, lossy = from_json(about.get("compact")), from_json(about.get("lossy"))
             model, tokens = str(about["model"]), tuple(map(int, about["tokens"]))
             rows = tuple((int(here), int(whole)) for here, whole in about["rows"])
@@ -122,6 +128,7 @@ class Compressed:
             raise UserError(f"{folder} is not a saved context ({why}); make one with compress(...).save(folder)") from e
         if model != fingerprint(m):
             raise UserError(f"{folder} was made with another model; load that model, or compress the text again with {m.cfg.name}")
+        check_seal(Path(folder), about)
         if not isinstance(setup, Setup):
             raise UserError(f"{folder} holds no setup; make a context with compress(...).save(folder)")
         setup.check_kinds()
@@ -135,6 +142,30 @@ class Compressed:
         layers, logits = jax.tree.unflatten(jax.tree.structure(like), [jnp.asarray(g) for g in given])
         layers = setup.kv.place(layers)
         return Compressed(setup, layers, tokens, next_, logits, room, rows, model, lossy)
+
+
+def digest(about: dict[str, Any]) -> str:
+    """Of what a saved context says of itself: its policy, its model, its tokens and how its arrays are written."""
+    return hashlib.sha256(json.dumps({k: v for k, v in about.items() if k != "seal"}, sort_keys=True).encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_seal(folder: Path, about: dict[str, Any]) -> None:
+    """Refuse a saved context that is not as it was written: another constant of a policy, or other numbers, may change no shape."""
+    seal, arrays = about.get("seal"), folder / "cache.safetensors"
+    known = seal if isinstance(seal, dict) else {}
+    if known.get("about") != digest(about):
+        raise UserError(f"{folder / 'context.json'} is not as it was saved; compress the text again")
+    try:
+        same = known.get("arrays") == file_digest(arrays)
+    except OSError as e:
+        raise UserError(f"the arrays in {folder} cannot be read ({e.strerror or e}); compress the text again") from e
+    if not same:
+        raise UserError(f"{arrays} is not as it was saved; compress the text again")
 
 
 def named_leaves(tree: tuple[Any, jax.Array]) -> list[tuple[str, int, Any]]:

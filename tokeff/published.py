@@ -26,7 +26,7 @@ SNAPKV = {"budget": 1024, "window": 32, "kernel": 7, "pool": "max"}  # LongBench
 PYRAMID = {"budget": 128, "window": 8, "kernel": 7, "pool": "max", "beta": 20}  # LongBench configuration; 64 to 2048 rows
 RAZOR = {"budget": AtLeast(0.2, 4000), "sinks": 4, "weighted": True}  # paper: max(4000, n / 5)
 DUO = {"budget": 320, "sinks": 64, "evict": 1}  # deployment: 64 sinks and 256 recent rows
-COMPRESS = {"budget": 256, "window": 8, "kernel": 5}  # paper: mean budgets of 128 to 2048
+COMPRESS = {"budget": 256, "window": 8, "kernel": 5, "floor": 32}  # paper: mean budgets of 128 to 2048, at least 32 a layer
 KVZIP = {"budget": 0.3, "sinks": 4, "piece": 2048}  # paper: down to 0.3, pieces of 2048 tokens
 ADAKV = {"budget": 1024, "window": 32, "kernel": 7, "pool": "max", "floor": 0.2}  # paper: 128 to 1024
 SHADOWKV = {"budget": 2048, "rank": 160, "outliers": 48}  # released code: rank 160, 48 outlier chunks of 8
@@ -38,7 +38,7 @@ GEAR = {"bits": 2, "group": 64, "residual": 64, "rank": 4, "outliers": 0.01}  # 
 MINICACHE = {"first": 0.5, "t": 0.6, "outliers": 0.05}  # paper
 MINICACHE_4BIT = {**MINICACHE, "bits": 4, "group": 32, "residual": 32}
 THINK = {"channels": 0.6, "window": 32, "rule": kv.snapkv(**SNAPKV)}  # paper: 40% of the channels gone, on SnapKV
-TRANSMLA = {"rank": 512, "rope": 0.125, "converted": True}  # released code: 512 directions and 64 rotated numbers; then it trains
+TRANSMLA = {"rank": 512, "rope": 64, "converted": True}  # released code: 512 directions and 64 rotated numbers; then it trains
 
 TIDAL = {"budget": 256, "dense": (0, 1), "select": (2, 9), "recent": 1}  # demo of the released code; 64 to 4096
 QUEST = {"budget": 2048, "page": 16, "dense": (0, 1), "recent": 1}  # paper: 512 to 4096

@@ -91,6 +91,8 @@ def test_the_smallest_and_largest_budgets_work(budget):
         (kv.compresskv(0.5, 6, judges=((9,),)), "query head"),
         (kv.compresskv(0.5, 6, judges=((),)), "query head"),
         (kv.compresskv(0.5, 6, importance=(0.5, 0.5)), "importance"),
+        (kv.compresskv(0.5, 6, importance=(0.5, 0.3, 0.2), floor=33), "floor"),
+        (kv.compresskv(0.5, 6, floor=-1), "floor"),
         (kv.compresskv(0.5, 6, importance=(0.5, 0.5, 0.5, 0.5)), "importance"),
         (kv.kvzip(0.5, piece=0), "piece"),
         (kv.kvzip(0.5, ask=(tiny.CFG.V,)), "vocabulary"),

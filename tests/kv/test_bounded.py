@@ -1,9 +1,11 @@
 """Reading a prompt in bounded memory: against the oracle, exact where nothing is dropped, and never more rows than budget and piece."""
 
+import gc
 from dataclasses import replace
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import runs
@@ -12,14 +14,17 @@ from oracles import bounded as oracle
 from oracles.against import dense
 
 from tokeff.errors import UserError
+from tokeff.kv import bounded
 from tokeff.kv import methods as kv
-from tokeff.kv.bounded import check_bounded, prefill_bounded
+from tokeff.kv import prefill as prefills
+from tokeff.kv.bounded import check_bounded, held_between, prefill_bounded
 from tokeff.kv.cache import Room
+from tokeff.kv.classes import ByClass
 from tokeff.kv.evidence import Evidence
 from tokeff.kv.extend import pack
 from tokeff.kv.keep import Keep
-from tokeff.kv.policy import Policy, Prefilled
-from tokeff.kv.prefill import Gather
+from tokeff.kv.policy import Prefilled
+from tokeff.kv.prefill import Gather, prefill
 from tokeff.listing import METHODS
 from tokeff.models.config import Config
 from tokeff.models.flow import Flow, Here
@@ -39,40 +44,68 @@ def read(policy, rows=None, piece=PIECE):
     )
 
 
+CAM = kv.cam(ROWS, 4, over=6)
+
+
+def coin(head: int, order: int) -> float:
+    return float(CAM.coin(jnp.full((1, tiny.CFG.K, 1), order))[0, head, 0])
+
+
+# (policy, the oracle's rule; where rows leave something, how)
 CASES = {
     "h2o": (kv.h2o(ROWS), oracle.heavy(ROWS, 12)),
     "snapkv": (kv.snapkv(ROWS, window=6), oracle.window(ROWS, 6, 5)),
     "recent": (kv.recent_rows(ROWS), oracle.newest(ROWS)),
     "share": (kv.streaming_llm(0.375), oracle.newest(ROWS, 4)),  # of the whole prompt, from the first piece on
+    "cam": (CAM, oracle.newest(ROWS, 4), oracle.bequeathed(6, coin)),
+    "classes": (ByClass(kv.recent_rows(16), kv.snapkv(ROWS, window=6), ((1,),)), [oracle.window(ROWS, 6, 5), oracle.newest(16)]),
+    "a head that keeps everything": (kv.duo_attention(((1,),), ROWS), [oracle.newest(ROWS, 4), lambda mass, last, orders, end: orders]),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_rows_that_stay_are_those_of_the_oracle(name):
-    policy, keep = CASES[name]
+    policy, *rule = CASES[name]
     model, _, _ = dense(0)
-    expected = oracle.Piecewise(model, tiny.prompts()[0], PIECE, keep)
+    expected = oracle.Piecewise(model, tiny.prompts()[0], PIECE, *rule)
     prompt = read(policy, tiny.prompts()[:1])
     packed = pack(policy, prompt.layers, Room(0), tiny.CFG)
     for i, layer in enumerate(packed):
         assert tiny.kept(policy, layer)[0] == [expected.kept(i, h) for h in range(tiny.CFG.K)], f"layer {i}"
     np.testing.assert_allclose(np.asarray(prompt.logits_BV)[0], expected.logits, atol=1e-4)
+    if name == "cam":
+        values = [[layer.v_BKCH[0, h, np.argsort(layer.order_BKC[0, h])][-ROWS:] for h in range(tiny.CFG.K)] for layer in packed]
+        wanted = [[np.stack([rows[o][1] for o in sorted(rows)]) for rows in heads] for heads in expected.rows]
+        np.testing.assert_allclose(values, wanted, atol=1e-4)
 
 
-def lets_go(policy) -> bool:
-    """Whether it drops rows between pieces: not if it holds all of them, or reads the prompt a second time."""
-    again = any(type(kind).revisit is not Evidence.revisit for kind in policy.needs())
-    return type(policy).squeeze is not Policy.squeeze and not again
+# In the memory that all rows take: policies whose rows wait to be coded, merged or selected, which are read exactly, and those in
+# which some heads keep everything. Layers in which none does hold less.
+HELD_WHOLE = {
+    "Full", "RazorAttention", "DuoAttention", "ShadowKV", "LOOK-M", "EMS", "KIVI", "GEAR", "MiniCache", "MiniCache4bit", "ThinK",
+    "TransMLA", "SpAttenCache", "Hydragen", "TidalDecode", "Quest", "DoubleSparsity", "TokenSelect", "Kascade", "InfLLM", "SentenceKV",
+    "HiP", "LServe", "RecycledAttention", "TopK", "TopP",
+}  # fmt: skip
 
 
-def bounded_methods(daily=None):
-    """Parameters: listed policies that drop rows between pieces; those not in `daily`, where it is given, in `make proofs`."""
-    found = [m for m in METHODS if m.part == "kv" and lets_go(m.make(**tiny.settings(m)))]
+def bounded_methods(daily=None, where=lambda m: True):
+    """Parameters: listed policies that can be read in pieces; those not in `daily`, where it is given, in `make proofs`."""
+    once = [m for m in METHODS if m.part == "kv" and where(m)]
+    found = [m for m in once if all(type(kind).revisit is Evidence.revisit for kind in m.make(**tiny.settings(m)).needs())]
     later = [pytest.mark.proof]
     return [pytest.param(m, id=m.name, marks=[runs.together(m.name), *(later if daily and m.name not in daily else [])]) for m in found]
 
 
-@pytest.mark.parametrize("method", bounded_methods(runs.attending()))
+def most_held(method, layer: int, rows: int) -> int:
+    """Of so many rows of a layer, how many the budget leaves until the next piece comes."""
+    policy = method.make(**tiny.settings(method))
+    if method.name in HELD_WHOLE and (method.name != "DuoAttention" or policy.of(layer)):
+        return rows
+    rule = policy if isinstance(policy, Keep) else policy.rest if method.name == "DuoAttention" else policy.rule
+    return min(rows, rule.rows(LENGTH, Here(layer, tiny.CFG)))
+
+
+@pytest.mark.parametrize("method", bounded_methods(runs.attending(), lambda m: m.name not in HELD_WHOLE - {"DuoAttention"}))
 def test_with_a_whole_budget_nothing_changes(method):
     policy = method.make(**(tiny.identity(method) if method.identity is not None else {}))
     whole = runs.prompt()
@@ -83,16 +116,35 @@ def test_with_a_whole_budget_nothing_changes(method):
 
 
 @pytest.mark.parametrize("method", bounded_methods())
-def test_a_layer_never_holds_more_than_its_budget_and_a_piece(method):
+def test_a_layer_holds_its_budget_and_a_piece(method):
+    """Two pieces, of 48 and 16 rows: what each layer held of the first and all of the second, as `held_between` says."""
     policy = method.make(**tiny.settings(method))
     prompt = runs.bounded(policy)
     tiny.packed(policy, prompt)
-    most = max(layer.k_BKSH.shape[2] for layer in prompt.layers)
-    if isinstance(policy, Keep) and type(policy).squeeze is Keep.squeeze and policy.span == "layer":
-        assert most <= max(policy.rows(LENGTH, Here(i, tiny.CFG)) for i in range(tiny.CFG.L)) + runs.PIECE
-        assert most < LENGTH
-    else:
-        assert most <= LENGTH
+    rows = [layer.k_BKSH.shape[2] - (LENGTH - runs.PIECE) for layer in prompt.layers]
+    assert rows == [most_held(method, i, runs.PIECE) for i in range(tiny.CFG.L)]
+    assert rows == [held_between(policy, tiny.CFG, runs.PIECE, LENGTH, i) for i in range(tiny.CFG.L)]
+    assert method.name in HELD_WHOLE or sum(rows) < tiny.CFG.L * runs.PIECE, "what is not held whole lets rows go"
+
+
+@pytest.mark.parametrize("method", bounded_methods(("SnapKV",)))
+def test_however_many_pieces_it_holds_no_more(method, monkeypatch):
+    """Pieces of 12: at any time the budget and a piece, in every layer, or all that has been read."""
+    policy, seen = method.make(**tiny.settings(method)), []
+    squeeze = bounded.squeeze_one
+
+    def counted(policy, cfg, piece, more_B, i, rows):
+        left = squeeze(policy, cfg, piece, more_B, i, rows)
+        seen.append((i, rows.k_BKSH.shape[2], left.k_BKSH.shape[2]))
+        return left
+
+    monkeypatch.setattr(bounded, "squeeze_one", counted)
+    prompt = read(policy, tiny.prompts()[:1], piece=12)
+    before = [0] * tiny.CFG.L
+    for i, read_now, left in seen:
+        assert (read_now, left) == (before[i] + 12, most_held(method, i, read_now))
+        before[i] = left
+    assert len(seen) == 5 * tiny.CFG.L and [layer.k_BKSH.shape[2] for layer in prompt.layers] == [n + 4 for n in before]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -154,6 +206,45 @@ def test_the_peak_of_8k_is_that_of_2k_and_the_kept_rows(policy):
     dense_2k, dense_8k, small = peak(policy, 0, 2048, 2048), peak(policy, 0, 8192, 8192), peak(policy, 1024, 1024, 8192)
     assert small <= 1.3 * (kept + dense_2k)
     assert small < dense_8k / 3
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("policy", [kv.adakv(0.125), kv.pyramidkv(0.125)], ids=lambda p: type(p).__name__)
+def test_live_buffers_of_8k_are_those_of_2k_and_the_kept_rows(policy, monkeypatch):
+    """Budgets that differ by head and by layer, a prompt of 8,192 tokens really read: bytes of all live arrays, counted at every layer of
+    every piece, before and after rows go, beside those that were there at first."""
+    params, most = tiny.params(LONG), [0]
+    squeeze, one_layer = bounded.squeeze_one, prefills.one_layer
+
+    def live():
+        return sum(x.nbytes for x in jax.live_arrays())
+
+    def counted(f):
+        def then(*given, **named):
+            most[0] = max(most[0], live() - there)
+            out = jax.block_until_ready(f(*given, **named))
+            most[0] = max(most[0], live() - there)
+            return out
+
+        return then
+
+    monkeypatch.setattr(bounded, "squeeze_one", counted(squeeze))
+    monkeypatch.setattr(prefills, "one_layer", counted(one_layer))
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, LONG.V, (1, 8192)), jnp.int32)
+    lengths = {n: jnp.asarray([n], jnp.int32) for n in (2048, 8192)}
+    gc.collect()
+    there = live()
+    whole = prefill(params, LONG, tokens[:, :2048], lengths[2048], evidence=policy.needs(), dtype="float32")
+    dense_2k, most[0] = most[0], 0
+    assert dense_2k >= sum(x.nbytes for layer in whole.layers for x in (layer.k_BKSH, layer.v_BKSH))
+    del whole
+    gc.collect()
+    there = live()
+    prompt = prefill_bounded(params, LONG, tokens, lengths[8192], policy, piece=1024, evidence=policy.needs(), dtype="float32")
+    packed = pack(policy, prompt.layers, Room(0), LONG)
+    kept = 2 * LONG.H * 4 * sum(len(head) for layer in packed for head in tiny.kept(policy, layer)[0])
+    assert kept == pytest.approx(8192 // 8 * LONG.L * 2 * LONG.K * LONG.H * 4, rel=0.01)
+    assert most[0] <= 1.3 * (kept + dense_2k) and most[0] < 8192 * LONG.L * 2 * LONG.K * LONG.H * 4 / 2
 
 
 def test_what_needs_the_whole_prompt_is_refused():

@@ -284,6 +284,7 @@ DAMAGE = {
 def test_damaged_files_are_refused_in_one_line(name, tmp_path):
     test_api.saved().save(tmp_path / "c", compact=FINE)
     DAMAGE[name](tmp_path / "c")
+    test_api.seal(tmp_path / "c")
     with pytest.raises(UserError) as e:
         Compressed.load(test_api.model(), tmp_path / "c")
     assert "\n" not in str(e.value)

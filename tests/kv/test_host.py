@@ -215,14 +215,17 @@ def test_the_loop_reads_host_memory_and_keeps_no_copy(name):
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("name", ["InfLLM", "ALISA"])
+@pytest.mark.parametrize("name", tiny.sampled(COUNTS, ("InfLLM", "ALISA")))
 def test_a_loaded_context_is_on_the_host(name, tmp_path):
+    """Array for array, and what it says to a question."""
     m, policy = test_api.model(), PAIRS[name][1]
-    made = tokeff.compress(m, test_api.text(40), policy, room=8)
+    made = tokeff.compress(m, test_api.text(64), policy, room=8)
     made.save(tmp_path / "c")
     again = Compressed.load(m, tmp_path / "c")
     assert kinds(made.layers) == kinds(again.layers) == {HOST}
     jax.tree.map(np.testing.assert_array_equal, made.layers, again.layers)
+    texts = [tokeff.generate(m, test_api.text(3, 2), cache=context, max_new=5).tokens for context in (made, again)]
+    assert texts[0] == texts[1]
 
 
 @pytest.mark.core

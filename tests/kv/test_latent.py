@@ -22,6 +22,7 @@ from tokeff.kv.convert import convert
 from tokeff.kv.extend import extend, pack
 from tokeff.kv.policy import tree_bytes
 from tokeff.kv.prefill import prefill
+from tokeff.listing import find
 from tokeff.models.config import Precision, Rope
 from tokeff.models.flow import Here
 from tokeff.models.load import Model
@@ -34,13 +35,16 @@ OTHER = tuple(np.random.default_rng(5).integers(0, tiny.CFG.V, 80).tolist())
 
 @pytest.mark.parametrize(
     ("rope", "rank", "heads", "directions"),
-    [(0.5, 0.5, 1, 12), (0.5, 1.0, 1, 24), (1.0, 0.5, 2, 8), (1.0, 1.0, 2, 16), (0.5, 7, 1, 7), (0.125, 99, 1, 24)],
-)
+    [
+        (0.5, 0.5, 1, 12), (0.5, 1.0, 1, 24), (1.0, 0.5, 2, 8), (1.0, 1.0, 2, 16), (0.5, 7, 1, 7), (0.125, 99, 1, 24),
+        (4, 9, 0.5, 9), (12, 0.5, 1.5, 10), (8, 12, 1, 12),
+    ],
+)  # fmt: skip
 def test_transmla_equals_its_oracle(rope, rank, heads, directions):
     agree(kv.transmla(rank, rope), [oracle.TransMLA(*dense(b)[:2], oracle.of_text(dense(b)[1], heads, directions)) for b in range(2)])
 
 
-@pytest.mark.parametrize(("rope", "rank", "heads", "directions"), [(0.5, 0.5, 1, 12), (1.0, 1.0, 2, 16)])
+@pytest.mark.parametrize(("rope", "rank", "heads", "directions"), [(0.5, 0.5, 1, 12), (1.0, 1.0, 2, 16), (4, 12, 0.5, 12)])
 def test_a_converted_model_equals_its_oracle(rope, rank, heads, directions):
     """Bases of another text, the same for every prompt, beside the weights and not in the cache."""
     model, _, _ = dense(0)
@@ -84,6 +88,12 @@ def test_full_rank_is_the_model_itself_whatever_its_attention(changes):
     assert error(1.0, 1.0, dataclasses.replace(tiny.CFG, **changes)) < 1e-4
 
 
+@pytest.mark.parametrize("K", [8, 32], ids=["like Llama-3.1-8B", "like Llama-2-7B"])
+def test_paper_rows_are_512_directions_and_64_rotated_numbers(K):
+    policy, cfg = find("TransMLA").build(**find("TransMLA").settings("paper")), dataclasses.replace(tiny.CFG, N=32, K=K, H=128)
+    assert (policy.near(cfg), policy.low(cfg)) == (64, 512)
+
+
 def test_rows_hold_what_the_shares_say():
     """A row of a layer is 1 of 2 heads * 8, and half of 8 + 16 directions, for all heads, where dense holds 2 * 2 * 8."""
     for policy, params in ((kv.transmla(0.5, 0.5), tiny.params()), (kv.transmla(0.5, 0.5, True), convert(TINY, OTHER, 0.5).params)):
@@ -119,12 +129,15 @@ def test_gradients_reach_the_bases():
         logits, _ = extend(params, tiny.CFG, layers, jnp.asarray(GIVEN[:, :3], jnp.int32), prompt.next_B, jnp.full(2, 3), policy)
         return -jax.nn.log_softmax(logits)[..., 7].mean()
 
-    slopes = [block.side["latent1_KHY"] for block in jax.grad(loss)(m.params).blocks]
+    slopes = [block.side["latent8_KHY"] for block in jax.grad(loss)(m.params).blocks]
     assert all(float(jnp.abs(slope[..., : 8 + 12]).max()) > 1e-6 for slope in slopes)
     assert all(float(jnp.abs(slope[..., 8 + 12 :]).max()) == 0 for slope in slopes)
 
 
-@pytest.mark.parametrize("given", [{"rank": 0.0}, {"rank": 1.5}, {"rank": 0}, {"rope": 0.0}, {"rope": 2.0}], ids=str)
+BAD = [{"rank": 0.0}, {"rank": 1.5}, {"rank": 0}, {"rope": 0.0}, {"rope": 2.0}, {"rope": 3}, {"rope": 18}]
+
+
+@pytest.mark.parametrize("given", BAD, ids=str)
 def test_bad_settings(given):
     with pytest.raises(UserError, match=next(iter(given))) as e:
         kv.transmla(**given).check(tiny.CFG, 64)

@@ -3,21 +3,25 @@
 from functools import partial
 from math import ceil
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import pictures
 import pytest
 import tiny
 from oracles import merging as oracle
-from oracles import policies
-from oracles.against import agree, dense, read
+from oracles import model, policies
+from oracles.against import ATOL, GIVEN, STEPS, agree, dense, read, same_rows
 
 from tokeff.errors import UserError
+from tokeff.generation import Setup
 from tokeff.kv import methods as kv
 from tokeff.kv.cache import Room
 from tokeff.kv.extend import pack
 from tokeff.kv.merge_rows import Bequeath, GlobalLocal, Merged, nearest
 from tokeff.kv.policy import Prefilled
 from tokeff.kv.score import Recency
+from tokeff.models import llava
 from tokeff.models.flow import Here
 
 pytestmark = pytest.mark.core
@@ -37,6 +41,51 @@ def look_m(how: str, least: float = -1.0, sized: bool = False):
 @pytest.mark.parametrize("how", ["average", "pivot", "weighted"])
 def test_look_m_equals_its_oracle(how):
     agree(kv.look_m(0.5, how=how), look_m(how))
+
+
+class Vectors(model.Model):
+    """The naive model, on rows that enter as vectors."""
+
+    def embed(self, token):
+        return super().embed(token) if isinstance(token, int) else token
+
+
+@pytest.mark.parametrize("budget", [0.4, 0.25])
+def test_look_m_keeps_text_before_pictures(budget):
+    """A tiny LLaVA's picture of 36 rows among 20 of text: at .4 all text and some of the picture are kept, at .25 some text alone."""
+    v, rng = pictures.llava(), np.random.default_rng(2)
+    ids = [t % 60 for t in tiny.prompts()[0][:20]]
+    ids, pixels = [*ids[:4], pictures.IMAGE, *ids[4:]], llava.Pixels(rng.normal(size=(1, 24, 24, 3)).astype(np.float32))
+    setup = llava.fitted(v, Setup(kv.look_m(budget)))
+    prompt = llava.read(v, [ids], [[pixels]], setup, 4)
+    x_MD = np.asarray(llava.mixed(v, [ids], [[llava.picture_rows(v, pixels, None)]])[3].x_BMD, np.float64)[0, :56]
+    m = Vectors(tiny.params(), tiny.CFG)
+    seen, logits = model.prefill(m, list(x_MD))
+    np.testing.assert_allclose(np.asarray(prompt.logits_BV)[0], logits, atol=ATOL)
+    rows, picture = ceil(budget * 56), range(4, 40)
+
+    def keep(layer, head):
+        return oracle.text_first(m, seen[layer], head, rows, rows // 2, picture)
+
+    held = [[len(set(keep(layer, head)) & set(picture)) for head in range(tiny.CFG.K)] for layer in range(tiny.CFG.L)]
+    assert held == [[rows - 20 if budget == 0.4 else 0] * tiny.CFG.K] * tiny.CFG.L
+    packed = tiny.packed(setup.kv, prompt, Room(STEPS))
+    cache = oracle.Merged(m, seen, keep, "pivot")
+    same_rows(setup.kv, packed, [cache], "after the prompt")
+    given = [int(t) % 60 for t in GIVEN[0, :4]]
+    wanted = [logits for logits, _ in model.decode(m, cache, given, 56)]
+    for t, (logits, _) in enumerate(tiny.forced(setup.kv, packed, prompt, [given])):
+        np.testing.assert_allclose(logits[0], wanted[t], atol=ATOL)
+    plain = [tiny.kept(kv.look_m(budget), layer) for layer in tiny.packed(kv.look_m(budget), prompt, Room(STEPS))]
+    assert plain != [tiny.kept(setup.kv, layer) for layer in packed], "H2O's order keeps other rows"
+
+
+def test_a_prompt_of_text_is_ranked_as_by_h2o():
+    assert kv.look_m(0.5).needs() == kv.h2o(0.5).needs()
+    marked = kv.look_m(0.5).seeing((tiny.CFG.V,))  # of which there is none
+    prompt = read(marked.needs())
+    for layers in zip(*(pack(p, tiny.only(p, prompt).layers, Room(0), tiny.CFG) for p in (kv.look_m(0.5), marked)), strict=True):
+        jax.tree.map(np.testing.assert_array_equal, *layers)
 
 
 def test_a_threshold_and_the_size_of_rows_equal_their_oracle():

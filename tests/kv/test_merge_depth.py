@@ -20,10 +20,14 @@ from tokeff.kv.policy import tree_bytes
 pytestmark = pytest.mark.core
 
 
-@pytest.mark.parametrize(("first", "pairs"), [(0.5, (1,)), (0.0, (0,))])
-def test_minicache_equals_its_oracle(first, pairs):
-    made = [oracle.MiniCache(*dense(b)[:2], pairs, ceil(0.125 * n)) for b, n in enumerate(tiny.LENGTHS)]
-    agree(kv.minicache(first, outliers=0.125), made)
+@pytest.mark.parametrize(("first", "pairs", "outliers", "most"), [(0.5, (1,), 0.25, 1.0), (0.0, (0,), 0.75, 0.125)])
+def test_minicache_equals_its_oracle(first, pairs, outliers, most):
+    """As many rows stay whole as lie in the top of the range, in the second case more than there is memory for."""
+    made = [oracle.MiniCache(*dense(b)[:2], pairs, outliers, ceil(most * n)) for b, n in enumerate(tiny.LENGTHS)]
+    many = [len(cache.far[pairs[0]]) for cache in made]
+    assert all(0 < x < n for x, n in zip(many, tiny.LENGTHS, strict=True)) and len(set(many)) == 2
+    assert (many[0] > ceil(most * tiny.LENGTHS[0])) == (most < 1)
+    agree(kv.minicache(first, outliers=outliers, most=most), made)
 
 
 def test_minicache_in_4_bits_equals_its_oracle():
@@ -32,9 +36,9 @@ def test_minicache_in_4_bits_equals_its_oracle():
     made = []
     for b, n in enumerate(tiny.LENGTHS):
         model, seen, _ = dense(b)
-        kivi, pairs = quant.Kivi(model, seen, 4, 8, 8), oracle.MiniCache(model, seen, (1,), ceil(0.125 * n), code=directions)
+        kivi, pairs = quant.Kivi(model, seen, 4, 8, 8), oracle.MiniCache(model, seen, (1,), 0.25, ceil(0.125 * n), code=directions)
         made.append(ByLayer([kivi, pairs, pairs]))
-    agree(kv.minicache_4bit(outliers=0.125, group=8, residual=8), made)
+    agree(kv.minicache_4bit(outliers=0.25, group=8, residual=8, most=0.125), made)
 
 
 class ByLayer:
@@ -82,7 +86,8 @@ def test_a_pair_holds_its_directions_once():
 BAD = {
     "no pair": (kv.minicache(0.75), "first"),
     "start beyond the end": (kv.minicache(1.5), "first"),
-    "more than all rows": (kv.minicache(outliers=1.5), "outliers"),
+    "more than all of the range": (kv.minicache(outliers=1.5), "outliers"),
+    "more than all rows": (kv.minicache(most=1.5), "most"),
     "a rest that drops rows": (kv.minicache(rest=kv.snapkv(0.5, 6)), "rows"),
     "a rest that codes what another keeps": (kv.minicache(rest=kv.kivi(4, rule=kv.snapkv(0.5, 6))), "rows"),
 }

@@ -92,7 +92,12 @@ CASES = {
     "razor, counted once": (kv.razor_attention(HEADS, 0.5, 4, False), lambda m, s, n, b: classes.Razor(m, s, n, 4, own, lambda n: 1)),
     "kvzip": (kv.kvzip(0.5, 4, 20, (3, 5), 4), lambda m, s, n, b: retelling.KVzip(m, s, n, 4, told(b))),
     "compresskv": (kv.compresskv(0.5, 6, 5, JUDGES), lambda m, s, n, b: scores.CompressKV(m, s, n, 6, 5, JUDGES, ())),
-    "compresskv, by layer": (kv.compresskv(0.5, 6, 5, JUDGES, ERRORS), lambda m, s, n, b: scores.CompressKV(m, s, n, 6, 5, JUDGES, ERRORS)),
+    "compresskv, by layer": (
+        kv.compresskv(0.5, 6, 5, JUDGES, ERRORS), lambda m, s, n, b: scores.CompressKV(m, s, n, 6, 5, JUDGES, ERRORS, n // 4)
+    ),
+    "compresskv, by layer above rows": (
+        kv.compresskv(0.5, 6, 5, JUDGES, ERRORS, 12), lambda m, s, n, b: scores.CompressKV(m, s, n, 6, 5, JUDGES, ERRORS, 12)
+    ),
     "adakv": (kv.adakv(0.5, 6, page=4), lambda m, s, n, b: oracle.AdaKV(m, s, n, 6, 7, "max", 0.2)),
 }
 

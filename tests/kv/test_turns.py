@@ -19,7 +19,7 @@ from tokeff.sparse.methods import infllm, quest, tidaldecode, tokenselect
 
 pytestmark = [pytest.mark.core, pytest.mark.xdist_group("turns")]
 FIRST = (40, 33)  # tokens of the first turn: 7 places of padding stay between the turns of the shorter row
-EVIDENCE = (Ask(), Ask(last=6), Ask(decay=0.8), Ask(last=1), QueryMoments(4), HeadMass(6, ((1,),)))
+EVIDENCE = (Ask(), Ask(last=6), Ask(decay=0.8), Ask(last=1), Ask(near=8), QueryMoments(4), HeadMass(6, ((1,),)))
 POLICIES = {
     "full": kv.full(),
     "h2o": kv.h2o(0.5),

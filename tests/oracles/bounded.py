@@ -8,10 +8,10 @@ from oracles.policies import best
 class Piecewise:
     """rows[layer][head]: {order: (rotated key, value)}. `keep(mass, last, orders, end)` names the orders that stay in one head: mass is
     the attention each row got so far from any query, last[q] what it got from the query at order q of this piece, both summed over the
-    group; end is the order behind the piece."""
+    group; end is the order behind the piece. A list has one for each head. `leave(head, rows, mass, gone)` may change rows that stay."""
 
-    def __init__(self, model: Model, tokens, piece: int, keep):
-        self.m, self.keep, cfg = model, keep, model.cfg
+    def __init__(self, model: Model, tokens, piece: int, keep, leave=None):
+        self.m, self.keep, self.leave, cfg = model, keep, leave, model.cfg
         self.rows = [[{} for _ in range(cfg.K)] for _ in range(cfg.L)]
         self.mass = [[{} for _ in range(cfg.K)] for _ in range(cfg.L)]
         for a in range(0, len(tokens), piece):
@@ -32,8 +32,11 @@ class Piecewise:
             read = np.stack([self.read(layer, n, order, qkv[order][0][n], last[n // m.G]) for n in range(m.cfg.N)])
             out[order] = m.rest(layer, x[order], read)
         for h, rows in enumerate(self.rows[layer]):
-            stay = self.keep(self.mass[layer][h], last[h], sorted(rows), some.stop)
-            for order in set(rows) - set(stay):
+            keep = self.keep[h] if isinstance(self.keep, list) else self.keep
+            gone = sorted(set(rows) - set(keep(self.mass[layer][h], last[h], sorted(rows), some.stop)))
+            if self.leave:
+                self.leave(h, rows, self.mass[layer][h], gone)
+            for order in gone:
                 del rows[order]
         return out
 
@@ -72,6 +75,21 @@ def window(budget: int, size: int, kernel: int):
         return best({o: pooled[o] for o in orders if o not in new}, budget - len(new)) + new
 
     return keep
+
+
+def bequeathed(over: int, coin):
+    """CaM: each row that goes adds its value / over to the rows of the next `over` places that stay, if coin(head, order) falls below its
+    attention so far over the mean of that of the rows behind it that stay."""
+
+    def leave(head, rows, mass, gone):
+        for o in gone:
+            behind = [x for x in rows if x > o and x not in gone]
+            if behind and coin(head, o) < mass[o] / np.mean([mass[x] for x in behind]):
+                for x in behind:
+                    if x <= o + over:
+                        rows[x] = (rows[x][0], rows[x][1] + rows[o][1] / over)
+
+    return leave
 
 
 def newest(budget: int, sinks: int = 0):

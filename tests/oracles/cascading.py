@@ -256,22 +256,26 @@ def clusters(x: dict, n: int) -> dict:
     return groups
 
 
-class AIM(Method):
-    """Page rank over each head's map at a temperature, started evenly; the root of its mean square over heads."""
+def page_rank(dot, rows, heads: int, heat: float) -> dict:
+    """Mass that starts evenly moves five times along each head's map at a temperature; the root of its mean square over heads. dot(t, s,
+    n): the scaled product of row t's query with row s's key in head n."""
+    total = 0
+    for n in range(heads):
+        p = np.zeros((len(rows), len(rows)))
+        for i, t in enumerate(rows):
+            seen = softmax({s: dot(t, s, n) / heat for s in rows if s <= t})
+            p[i] = [seen.get(s, 0) for s in rows]
+        total = total + np.linalg.matrix_power(p, 5).mean(axis=0) ** 2
+    return dict(zip(rows, np.sqrt(total / heads), strict=True))
 
+
+class AIM(Method):
     def __init__(self, at, keep, heat):
         super().__init__(at, keep)
         self.heat = heat
 
     def rank(self, run, layer):
-        rows, total = sorted(run.x), 0
-        for n in range(run.m.cfg.N):
-            p = np.zeros((len(rows), len(rows)))
-            for i, t in enumerate(rows):
-                seen = softmax({s: run.m.dot(run.q[t][n], run.k[s][n // run.m.G]) / self.heat for s in rows if s <= t})
-                p[i] = [seen.get(s, 0) for s in rows]
-            total = total + np.linalg.matrix_power(p, 5).mean(axis=0) ** 2
-        return dict(zip(rows, np.sqrt(total / run.m.cfg.N), strict=True))
+        return page_rank(lambda t, s, n: run.m.dot(run.q[t][n], run.k[s][n // run.m.G]), sorted(run.x), run.m.cfg.N, self.heat)
 
 
 class MustDrop(Method):

@@ -10,14 +10,20 @@ def top(x_ND, n: int):
 
 
 class Conversion:
-    """Found on keys and values of a text: k_SKH unrotated, v_SKH. heads: so many keep their rotation; rank: directions of the rest."""
+    """Found on keys and values of a text: k_SKH unrotated, v_SKH. heads: so many keep their rotation, and of half a head more the half of
+    its frequencies that turns fastest; rank: directions of the rest."""
 
-    def __init__(self, k_SKH, v_SKH, heads: int, rank: int):
-        (S, self.K, self.H), self.heads, half = k_SKH.shape, heads, k_SKH.shape[2] // 2
+    def __init__(self, k_SKH, v_SKH, heads: float, rank: int):
+        (S, self.K, self.H), half = k_SKH.shape, k_SKH.shape[2] // 2
+        whole, more = int(heads), int(heads % 1 * half)
+        self.stays = np.zeros((self.K, self.H), bool)  # which numbers of a turned key keep their rotation
+        self.stays[:whole] = True
+        for i in range(more):
+            self.stays[whole, i] = self.stays[whole, i + half] = True
         self.turns = []  # one (K, K) a frequency: row j is the j-th strongest mixture of heads
         for i in range(half):
             self.turns.append(top(np.concatenate([k_SKH[:, :, i], k_SKH[:, :, i + half]]), self.K))
-        rest, v = np.stack([self.turn(k)[heads:].reshape(-1) for k in k_SKH]), v_SKH.reshape(S, -1)
+        rest, v = np.stack([self.turn(k)[~self.stays] for k in k_SKH]), v_SKH.reshape(S, -1)
         of_k, of_v = (np.linalg.norm(x, axis=1).mean() for x in (rest, v))
         self.scale = of_v / of_k if of_k else 1.0
         self.directions = top(np.concatenate([self.scale * rest, v], axis=1), rank)
@@ -32,11 +38,11 @@ class Conversion:
     def row(self, k_KH, v_KH):
         """(the part of each head's key that keeps its rotation, the part that lost it, value)."""
         near, far = self.turn(k_KH), np.zeros_like(k_KH)
-        flat = np.concatenate([self.scale * near[self.heads :].reshape(-1), v_KH.reshape(-1)])
+        flat = np.concatenate([self.scale * near[~self.stays], v_KH.reshape(-1)])
         flat = self.directions.T @ (self.directions @ flat)
-        n = (self.K - self.heads) * self.H
-        far[self.heads :] = flat[:n].reshape(-1, self.H) / self.scale
-        near[self.heads :] = 0
+        n = int((~self.stays).sum())
+        far[~self.stays] = flat[:n] / self.scale
+        near[~self.stays] = 0
         return self.turn(near, back=True), self.turn(far, back=True), flat[n:].reshape(self.K, self.H)
 
 
@@ -70,7 +76,7 @@ class TransMLA(Cache):
         return self.m.rope(layer, near[head], order) + self.m.rope(layer, far[head], self.now)
 
 
-def of_text(seen, heads: int, rank: int) -> list[Conversion]:
+def of_text(seen, heads: float, rank: int) -> list[Conversion]:
     """The conversions that one text's rows give, layer by layer."""
     rows = [[np.stack([x[o] for o in s.orders]) for x in (s.k, s.v)] for s in seen]
     return [Conversion(k, v, heads, rank) for k, v in rows]

@@ -54,6 +54,14 @@ class Merged(Cache):
         return np.log(1 + self.many[layer, head, order]) if self.sized else 0.0
 
 
+def text_first(model, s, head: int, rows: int, recent: int, pictured) -> list[int]:
+    """LOOK-M's rows (Wan et al. 2024, sec. 3.2): the last `recent`, and those with the most attention from all queries, all rows of text
+    before the first of a picture; `rows` in all."""
+    last = s.orders[len(s.orders) - recent :]
+    mass = {o: column_sum(model, s, head, list(s.A[0]), o) for o in s.orders if o not in last}
+    return sorted(sorted(mass, key=lambda o: (o in pictured, -mass[o]))[: rows - recent]) + last
+
+
 def global_local(model, s, head: int, window: int, kernel: int) -> dict:
     """Our reading of EMS's score (Li et al. 2024): mean attention from all queries that see a row, and attention from the last window,
     each over its sum; added, then averaged over neighbours (padding counts as zeros)."""
@@ -116,16 +124,19 @@ class CaM(Cache):
 
 class MiniCache(Cache):
     """Liu et al. 2024: the two layers of a pair share the direction of a row's key and value, `t` of the way along the arc from the
-    lower layer's to the upper's, and keep the lengths. The `outliers` rows with the largest angle stay whole. code(rows_SH, values):
-    what a matrix of directions becomes in storage; rows that stay whole are zeros in it."""
+    lower layer's to the upper's, and keep the lengths. Rows stay whole whose angle is in the top share `outliers` of the range of angles,
+    of which no more than `most`, those with the largest. code(rows_SH, values): what a matrix of directions becomes in storage; rows
+    that stay whole are zeros in it."""
 
-    def __init__(self, model, seen, pairs, outliers: int, t: float = 0.6, code=lambda rows, values: rows):
+    def __init__(self, model, seen, pairs, outliers: float, most: int, t: float = 0.6, code=lambda rows, values: rows):
         super().__init__(model, seen)
-        self.back = {}
+        self.back, self.far = {}, {}
         for low in pairs:
             orders, below, above = seen[low].orders, seen[low], seen[low + 1]
             angle = {o: sum(angle_of(a[o][h], b[o][h]) for a, b in both(below, above) for h in range(model.cfg.K)) for o in orders}
-            whole = sorted(orders, key=lambda o, angle=angle: -angle[o])[:outliers]
+            cut = max(angle.values()) - outliers * (max(angle.values()) - min(angle.values()))
+            self.far[low] = sorted((o for o in orders if angle[o] >= cut), key=lambda o, angle=angle: -angle[o])
+            whole = self.far[low][:most]
             for head in range(model.cfg.K):
                 for values, (a, b) in enumerate(both(below, above)):
                     ways = [np.zeros(model.cfg.H) if o in whole else arc(a[o][head], b[o][head], t) for o in orders]

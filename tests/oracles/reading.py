@@ -112,8 +112,9 @@ def pairs(model, layer: int, seen, head: int) -> np.ndarray:
 
 
 class TokenSelect(Reader):
-    """Wu et al. 2024: every query head gives a softmax of q.k (not divided by sqrt(d)) over the rows to choose from; their sums decide for
-    the whole layer. A vote holds while the cosine of the layer's unrotated queries to those that voted is at least `cosine`."""
+    """Wu et al. 2024, our reading: every query head gives a softmax of q.k (not divided by sqrt(d)), each at its own place, over the rows
+    to choose from; their sums decide for the whole layer. A vote holds while the cosine of the layer's unrotated queries to those that
+    voted is at least `cosine`."""
 
     cosine: float | None = None
 
@@ -180,8 +181,8 @@ class Recycled(TopMass):
 
 class InfLLM(Reader):
     """Xiao et al. 2024: blocks are worth the q.k of their `count` representatives, over all query heads; the query stands `recent` places
-    from whatever is not recent, and those keys at place 0. Representatives have the most attention from the prompt's queries, or are
-    the first rows of a block that filled later."""
+    from whatever is not recent, and those keys at place 0. Representatives have the most attention from the prompt's queries that had
+    them in their local window of `recent` rows, or are the first rows of a block that filled later."""
 
     count = 1
 
@@ -192,9 +193,9 @@ class InfLLM(Reader):
         return super().attend(layer, q_NH, k_KH, v_KH, order)
 
     def represented(self, layer, head, page):
-        s = self.seen[layer]
+        s, heads = self.seen[layer], range(head * self.m.G, (head + 1) * self.m.G)
         old = [o for o in page if o in s.k]
-        mass = {o: sum(s.A[n][a].get(o, 0.0) for n in range(head * self.m.G, (head + 1) * self.m.G) for a in s.A[n]) for o in old}
+        mass = {o: sum(s.A[n][a].get(o, 0.0) for n in heads for a in range(o, o + self.recent) if a in s.A[n]) for o in old}
         return [*sorted(old, key=lambda o: -mass[o]), *(o for o in page if o not in old)][: self.count]
 
     def worth(self, layer, head, q_GH, pages):

@@ -185,18 +185,17 @@ class Expected(Scored):
 
 class CompressKV(Scored):
     """Lin et al. 2025: rows before the window by the attention of the window's queries in the layer's judges (query heads), the mean over
-    judges, averaged over `kernel` neighbours; the same rows in every kv head. Of a mean budget `rows` a layer keeps a quarter, at least
-    the window, and its importance of the rest of all layers, at most three times the mean."""
+    judges, averaged over `kernel` neighbours; the same rows in every kv head. Of a mean budget `rows` a layer keeps `floor` rows and its
+    importance of the rest of all layers, at most three times the mean."""
 
-    def __init__(self, model, seen, rows, window, kernel, judges, importance):
-        self.kernel, self.judges, self.importance, self.mean = kernel, judges, importance, rows
+    def __init__(self, model, seen, rows, window, kernel, judges, importance, floor: int = 32):
+        self.kernel, self.judges, self.importance, self.mean, self.floor = kernel, judges, importance, rows, floor
         super().__init__(model, seen, rows, recent=window)
 
     def first(self, layer, head, s):
         if self.importance:
-            floor = max(self.mean // 4, self.recent)
-            more = self.importance[layer] * self.m.cfg.L * (self.mean - floor)
-            self.n = min(floor + int(more + 1e-3), 3 * self.mean, len(s.orders))
+            more = self.importance[layer] * self.m.cfg.L * (self.mean - self.floor)
+            self.n = min(self.floor + int(more + 1e-3), 3 * self.mean, len(s.orders))
         return super().first(layer, head, s)
 
     def worth(self, layer, head, orders):

@@ -68,12 +68,28 @@ def visionzip(x_SD, cls_NP, k_NPH, dominant, targets):
     return np.array([x_SD[0], *x_PD[kept], *merged]), [-1, *kept, *target]
 
 
-def prumerge(x_PD, q_D, k_SD, k, near):
+def quartile(score, share):
+    """Between the two scores that the share of the ranks falls between."""
+    ranked, at = sorted(score), share * (len(score) - 1)
+    low = int(at)
+    return ranked[low] + (at - low) * (ranked[min(low + 1, len(ranked) - 1)] - ranked[low])
+
+
+def adaptive(score, most, plus):
+    """The patches that PruMerge keeps: outliers by the distance of the quartiles; plus: and an even grid of them."""
+    low, high = quartile(score, 0.25), quartile(score, 0.75)
+    kept = {i for i, a in enumerate(score) if a > high + 1.5 * (high - low)} or set(top(score, 1))
+    if plus:
+        kept |= set(range(0, len(score) - 1, max(len(score) // len(kept) // 3, 1)))
+    return sorted(sorted(kept, key=lambda i: (-score[i], i))[:most])
+
+
+def prumerge(x_PD, q_D, k_SD, k, near, how="budget"):
     """LLaVA-PruMerge (Shang et al. 2024): one head of the whole width; k_SD has the class row first."""
     logits = k_SD @ q_D / len(q_D) ** 0.5
     a = np.exp(logits - logits.max())
     a = (a / a.sum())[1:]
-    keys, kept = k_SD[1:], top(a, k)
+    keys, kept = k_SD[1:], top(a, k) if how == "budget" else adaptive(a, k, how == "plus")
     rows = []
     for i in kept:
         others = [j for j in range(len(x_PD)) if j != i]

@@ -2,13 +2,15 @@
 
 What a layer holds is then never more than its budget and one piece, however long the prompt is. It is another rule than ranking a
 prompt that is there as a whole: a row that is dropped early cannot come back, and later rows are computed without it. Policies that
-hold every row (`Policy.squeeze` gives all of them back) are read exactly, in the memory that this takes.
+hold every row (`Policy.squeeze` gives all of them back; `held_between` says how many one holds) are read exactly, in the memory that
+this takes.
 """
 
 from __future__ import annotations
 
 from functools import partial
 from numbers import Integral
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -63,6 +65,15 @@ def prefill_bounded(
     assert x_B1D is not None
     layers = tuple(close_gaps(layer) for layer in layers)
     return Prompt(layers, tokens_BT, length_B, length_B, last_logits(params, cfg, x_B1D))
+
+
+def held_between(policy: Policy, cfg: Config, rows: int, whole: int, layer: int = 0) -> int:
+    """Of so many rows that a layer has read, how many it holds until the next piece of a prompt of `whole` rows comes. Computes nothing."""
+    kv, order = jax.ShapeDtypeStruct((1, cfg.K, rows, cfg.H), "float32"), jax.ShapeDtypeStruct((1, cfg.K, rows), "int32")
+    length, index = jax.ShapeDtypeStruct((1,), "int32"), jax.ShapeDtypeStruct((), "int32")
+    like: Any = Prefilled  # shapes in the place of arrays
+    given = like(kv, kv, order, length, index, {kind: kind.like(1, rows, cfg) for kind in policy.needs()}, length, whole)
+    return jax.eval_shape(lambda rows: policy.squeeze(rows, Here(layer, cfg)), given).order_BKS.shape[2]
 
 
 def arrive(layer: Prefilled, length_B: jax.Array) -> Prefilled:

@@ -81,7 +81,7 @@ class ByScores(Policy):
 
     def pack_layer(self, rows: Prefilled, room: Room, here: Here) -> Scored:
         kept: Rows = self.rule.pack_layer(rows, Room(0), here)
-        C = whole_tiles(kept.capacity + room.rows)
+        C = whole_tiles(kept.capacity + room.rows, kept.k_BKCH.dtype)
         k, v = pad_slots(kept.k_BKCH, C, 2), pad_slots(kept.v_BKCH, C, 2)
         order, (B, K) = pad_slots(kept.order_BKC, C, 2, EMPTY), k.shape[:2]
         values, none = rows_of(self.values, kept.live_B), jnp.zeros(B, jnp.int32)

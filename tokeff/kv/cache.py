@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.typing import DTypeLike
 
 from tokeff.kernels import compact_rows
 from tokeff.models.attention import wide
@@ -60,10 +61,11 @@ class Rows(struct.PyTreeNode):
         return self.k_BKCH.shape[2]
 
 
-def whole_tiles(rows: int) -> int:
-    """Slots for so many rows: a multiple of 8, the rows of a TPU tile. XLA:TPU lays any other number out with heads innermost, which
-    the attention kernel does not take, and so copies the whole store on every step."""
-    return -(-rows // 8) * 8
+def whole_tiles(rows: int, dtype: DTypeLike) -> int:
+    """Slots for so many rows: a multiple of the rows of a TPU tile, 8 of 32 bits or 16 of 16. XLA:TPU lays any other number out with heads
+    innermost, which the attention kernel does not take, and so copies the whole store on every step."""
+    tile = 32 // jnp.dtype(dtype).itemsize
+    return -(-rows // tile) * tile
 
 
 def per_head(f):

@@ -88,10 +88,27 @@ class ByClass(Policy):
         heads, G = self.of(here.layer), here.cfg.N // here.cfg.K
         packed = {}
         for name, policy, own, inside in self.parts(heads, here):
-            evidence = {a: a.heads(x, own, G) for a, x in rows.evidence_BKS.items() if a in policy.needs()}
-            mine = rows.replace(k_BKSH=rows.k_BKSH[:, own], v_BKSH=rows.v_BKSH[:, own], evidence_BKS=evidence)
-            packed[name] = policy.pack_layer(mine, room, inside)
+            evidence = {a: x for a, x in rows.evidence_BKS.items() if a in policy.needs()}
+            packed[name] = policy.pack_layer(rows_of(rows.replace(evidence_BKS=evidence), own, G), room, inside)
         return Classed(packed.get("some"), packed.get("rest"), heads)
+
+    def squeeze(self, rows: Prefilled, here: Here) -> Prefilled:
+        """What each class leaves. All heads of a layer that is being read lie in one array, as long as the longer class: where that holds
+        everything the rows of the other go and free nothing."""
+        parts, G = self.parts(self.of(here.layer), here), here.cfg.N // here.cfg.K
+        left = [policy.squeeze(rows_of(rows, own, G), inside) for _, policy, own, inside in parts]
+        most, at = max(part.order_BKS.shape[2] for part in left), np.argsort(np.concatenate([own for _, _, own, _ in parts]))
+
+        def together(of, fill=0):
+            return jnp.concatenate([pad_slots(of(part), most, 2, fill) for part in left], axis=1)[:, at]
+
+        return rows.replace(
+            k_BKSH=together(lambda part: part.k_BKSH), v_BKSH=together(lambda part: part.v_BKSH),
+            order_BKS=together(lambda part: jnp.broadcast_to(part.order_BKS, part.k_BKSH.shape[:3]), EMPTY),
+            evidence_BKS={
+                a: together(lambda part, a=a: part.evidence_BKS[a]) if a.per_row else x for a, x in rows.evidence_BKS.items()
+            },
+        )  # fmt: skip
 
     def attend(self, q, k, v, ask: Flow, new: Flow, layer: Classed, accepted: Accepted | None, across, here: Here):
         G, outs, order = here.cfg.N // here.cfg.K, [], []
@@ -128,3 +145,10 @@ class ByClass(Policy):
 
     def bytes_read(self, layer: Classed, here: Here) -> int:
         return sum(policy.bytes_read(getattr(layer, name), inside) for name, policy, _, inside in self.parts(layer.heads, here))
+
+
+def rows_of(rows: Prefilled, own: np.ndarray, G: int) -> Prefilled:
+    """A prefilled layer as these kv heads see it, each with G query heads."""
+    order = rows.order_BKS if rows.order_BKS.shape[1] == 1 else rows.order_BKS[:, own]
+    evidence = {a: a.heads(x, own, G) for a, x in rows.evidence_BKS.items()}
+    return rows.replace(k_BKSH=rows.k_BKSH[:, own], v_BKSH=rows.v_BKSH[:, own], order_BKS=order, evidence_BKS=evidence)

@@ -176,7 +176,7 @@ def check_rule(rule: Policy) -> None:
 
 def tail_of(kept: Rows, from_B: jax.Array, slots: int, draft: int) -> Rows:
     """A store of so many slots with the kept rows from the `from`-th on, in which those that come take the next ones."""
-    slots = whole_tiles(slots)
+    slots = whole_tiles(slots, kept.k_BKCH.dtype)
     at = jnp.broadcast_to(from_B[:, None, None] + jnp.arange(slots), (*kept.order_BKC.shape[:2], slots))
     live_B = kept.live_B - from_B
     order = jnp.take_along_axis(kept.order_BKC, jnp.minimum(at, kept.capacity - 1), axis=2)

@@ -12,18 +12,23 @@ from flax import struct
 
 from tokeff.errors import UserError
 from tokeff.kernels import column_mass
+from tokeff.kv.budget import most_rows
 from tokeff.kv.cache import Room
 from tokeff.kv.classes import Heads
 from tokeff.kv.evidence import Ask, Evidence, Seen
 from tokeff.kv.extend import extend, pack
-from tokeff.kv.keep import Keep
+from tokeff.kv.keep import Keep, part_of
 from tokeff.kv.policy import Full, Policy, Prefilled
 from tokeff.kv.prefill import prefill
 from tokeff.kv.score import WindowMass
 from tokeff.models.attention import scores, softmax
+from tokeff.models.config import Params
 from tokeff.models.flow import EMPTY, Accepted, Flow, Here
 from tokeff.models.load import Model
+from tokeff.models.transformer import linear
 from tokeff.sharding import beside
+
+OUT = "output_DNH"  # in `Block.side`
 
 
 @dataclass(frozen=True)
@@ -84,13 +89,13 @@ class HeadWindow(WindowMass):
 
 @dataclass(frozen=True)
 class ByImportance(Keep):
-    """A budget that is the mean over layers: each keeps a quarter of it (never less than `recent`, a number), and by its `importance`
-    (one number a layer, with sum 1; none: all alike) of what is left; at most three times the mean, and what is cut there is left unused.
-
-    Lin et al. 2025, eq. 6; their floor of 32 rows is a quarter of their smallest mean budget.
+    """A budget that is the mean over layers: each keeps `floor` rows (a number, or a share of it; never less than `recent`, a number), and
+    by its `importance` (one number a layer, with sum 1; none: all alike) of what is left; at most three times the mean, and what is
+    cut there is left unused (Lin et al. 2025, eq. 6, with a floor of 32 rows).
     """
 
     importance: tuple[float, ...] = ()
+    floor: float | int = 0.25
     span: ClassVar[str] = "model"
 
     def role(self, layer: int) -> Any:
@@ -102,6 +107,9 @@ class ByImportance(Keep):
             raise UserError("budgets that differ by layer are made once, around a fixed window; set evict=0 and recent to a number")
         if self.importance and (len(self.importance) != cfg.L or min(self.importance) < 0 or abs(sum(self.importance) - 1) > 1e-3):
             raise UserError(f"importance must be {cfg.L} shares with sum 1, one a layer of {cfg.name}; measure it with layer_importance")
+        mean = most_rows(self.budget, length)
+        if self.floor < 0 or (self.importance and part_of(self.floor, mean) > mean):
+            raise UserError(f"floor={self.floor} of a mean budget of {mean} rows is no part of it; give a share, or 0 to {mean} rows")
 
     def rows(self, n: Any, here: Here) -> Any:
         mean = super().rows(n, here)
@@ -109,7 +117,7 @@ class ByImportance(Keep):
             return mean
         counted = isinstance(n, int)
         least, most = (min, max) if counted else (jnp.minimum, jnp.maximum)
-        floor = most(mean // 4, self.recent)
+        floor = least(most(part_of(self.floor, mean), self.recent), mean)
         more = self.importance[here.layer] * here.cfg.L * (mean - floor) + 1e-3
         return least(least(floor + (int(more) if counted else more.astype(jnp.int32)), 3 * mean), n)
 
@@ -156,7 +164,8 @@ class Compared(struct.PyTreeNode):
 
 @dataclass(frozen=True)
 class Compare(Policy):
-    """Full attention, noting in each layer how far `rule` alone would have led from it."""
+    """Full attention, noting in each layer how far `rule` alone would have led from it behind the layer's output projection, which lies
+    beside its weights (`projected`)."""
 
     rule: Policy
 
@@ -174,26 +183,33 @@ class Compare(Policy):
         out, full, _ = Full().attend(q, k, v, ask, new, layer.full, accepted, None, here)
         other, small, _ = self.rule.attend(q, k, v, ask, new, layer.small, accepted, None, here)
 
-        def squares(x):
-            real = (ask.order_BT != EMPTY)[..., None, None]
-            return jnp.where(real, jnp.square(x.astype(jnp.float32)), 0.0).sum(axis=(1, 2, 3))
+        def squares(x_BTNH):
+            assert here.side is not None
+            x = linear(x_BTNH, here.side[OUT])
+            return jnp.where((ask.order_BT != EMPTY)[..., None], jnp.square(x.astype(jnp.float32)), 0.0).sum(axis=(1, 2))
 
         return out, Compared(full, small, layer.apart_B + squares(out - other), layer.whole_B + squares(out)), across
 
 
-def layer_importance(m: Model, contexts, rule: Policy) -> tuple[float, ...]:
-    """For `compresskv(importance=...)`: the relative error of each layer's attention output on a question when that layer alone is
-    compressed by `rule` (published: to 32 rows), normalised over layers and averaged over texts (Lin et al. 2025, eq. 5).
+def projected(params: Params) -> Params:
+    """The model with each layer's output projection beside its weights, where a policy finds it."""
+    return params.replace(blocks=tuple(w.replace(side=(w.side or {}) | {OUT: w.o_DNH}) for w in params.blocks))
 
-    contexts: (token ids of a context, token ids of a question). Our reading: the output is taken before its projection.
+
+def layer_importance(m: Model, contexts, rule: Policy) -> tuple[float, ...]:
+    """For `compresskv(importance=...)`: the relative error (Frobenius) of each layer's attention output on a question, behind the output
+    projection, when that layer alone is compressed by `rule` (published: to 32 rows), normalised over layers and averaged over texts (Lin
+    et al. 2025, eq. 5).
+
+    contexts: (token ids of a context, token ids of a question).
     """
-    total = np.zeros(m.cfg.L)
+    total, params = np.zeros(m.cfg.L), projected(m.params)
     for context, question in contexts:
         policy, prompt = Compare(rule), _read(m, context, rule.needs())
         tokens, length = jnp.asarray([question], jnp.int32), jnp.asarray([len(question)], jnp.int32)
         with beside(m.params):
             layers = pack(policy, prompt.layers, Room(len(question)), m.cfg)
-            _, layers = extend(m.params, m.cfg, layers, tokens, prompt.next_B, length, policy)
+            _, layers = extend(params, m.cfg, layers, tokens, prompt.next_B, length, policy)
         error = np.array([float((layer.apart_B[0] / layer.whole_B[0]) ** 0.5) for layer in layers])
         total += error / error.sum()
     return tuple((total / total.sum()).tolist())

@@ -12,7 +12,7 @@ from tokeff.models.flow import Here
 from tokeff.models.load import Model
 
 
-def convert(m: Model, text: str | Sequence[int], rope: float = 0.125) -> Model:
+def convert(m: Model, text: str | Sequence[int], rope: float | int = 0.125) -> Model:
     """The model with bases of its layers beside the weights, from one calibration text: for `transmla(rank, rope, converted=True)`.
 
     All directions are kept; the policy's `rank` takes the first ones. The paper calibrates on 256 texts of 2048 tokens of WikiText.
@@ -26,6 +26,6 @@ def convert(m: Model, text: str | Sequence[int], rope: float = 0.125) -> Model:
     for i, (w, rows) in enumerate(zip(m.params.blocks, prompt.layers, strict=True)):
         k, v, _ = raw_rows(rows, Here(i, cfg))
         found = bases(k, v, rope, wanted)
-        down, gain = side_names(rope, cfg.K)
+        down, gain = side_names(rope, cfg.K, cfg.H)
         blocks.append(w.replace(side=(w.side or {}) | {down: found.down_BKHY[0], gain: found.gain_B[0]}))
     return dataclasses.replace(m, params=m.params.replace(blocks=tuple(blocks)))

@@ -55,16 +55,18 @@ class MiniCache(Policy):
     """From layer `first` * L on, layers are merged in pairs: one direction a row, `t` of the way from the lower layer's to the upper's,
     and both lengths, for keys and values alike.
 
-    outliers: the share of rows with the largest angle between the layers (keys and values, mean over heads), which both keep whole.
+    outliers: both keep the rows whole whose angle between the layers lies in this top share of the range of angles (sec. 4.3), however
+    many these are, up to the share `most` of all rows, for which there is memory; where there are more, those with the largest angles.
+    A row's angle is the sum of its keys' and its values', the mean over heads: it is whole in both, or in neither.
     rest: the policy of the other layers, `Full()` or a `Fold` over it; its coders then write the directions down too. Generated rows are
-    whole in paired layers. Differences from the paper: it keeps the rows whose angle is in the top 5% of the range of
-    angles, so data decides their number; here memory is fixed and so is the share.
+    whole in paired layers.
     """
 
     first: float = 0.5
     t: float = 0.6
     outliers: float = 0.05
     rest: Policy = Full()
+    most: float = 0.05
 
     @property
     def chunk(self) -> int | None:  # type: ignore[override]
@@ -78,8 +80,9 @@ class MiniCache(Policy):
         if type(self.rest) is not Full and not (isinstance(self.rest, Fold) and type(self.rest.rule) is Full):
             raise UserError(f"rest={self.rest} keeps its own rows, pairs need all; use full(), or kivi() or gear() over it")
         self.rest.check(cfg, length)
-        if not 0 <= self.first < 1 or not 0 <= self.t <= 1 or not 0 <= self.outliers <= 1:
-            raise UserError(f"first={self.first}, t={self.t} and outliers={self.outliers} are shares; give fractions in [0, 1]")
+        if not 0 <= self.first < 1 or any(not 0 <= share <= 1 for share in (self.t, self.outliers, self.most)):
+            said = f"first={self.first}, t={self.t}, outliers={self.outliers} and most={self.most}"
+            raise UserError(f"{said} are shares; give fractions in [0, 1]")
         if not self.lower(cfg.L):
             raise UserError(f"first={self.first} leaves no two of {cfg.L} layers to merge; lower first")
 
@@ -105,15 +108,21 @@ class MiniCache(Policy):
                 out[i], out[i + 1] = self.pair(layers[i], layers[i + 1], room)
         return tuple(out)
 
+    def apart(self, angle_BS: jax.Array, there_BS: jax.Array, count_B: jax.Array) -> jax.Array:
+        """index_BX, ascending, of the rows that stay whole; S past their number."""
+        S = angle_BS.shape[1]
+        top, low = (pick(jnp.where(there_BS, angle_BS, end), axis=1)[:, None] for pick, end in ((jnp.max, -jnp.inf), (jnp.min, jnp.inf)))
+        far = there_BS & (top - angle_BS <= self.outliers * (top - low))
+        X = math.ceil(self.most * S - 1e-9) if self.outliers else 0
+        index = top_k(jnp.where(far, angle_BS, -1.0), X, "BS")[1]
+        many_B = jnp.minimum(far.sum(axis=1), jnp.ceil(self.most * count_B - 1e-4)).astype(jnp.int32)
+        return jnp.sort(jnp.where(jnp.arange(X) < many_B[:, None], index, S), axis=-1)
+
     def pair(self, below: Prefilled, above: Prefilled, room: Room) -> tuple[Half, Half]:
         (B, K, S, _), order, R = below.k_BKSH.shape, below.order_BKS[:, 0], self.page
         units = [[unit(rows.k_BKSH), unit(rows.v_BKSH)] for rows in (below, above)]
         (key, far_k), (value, far_v) = (slerp(a, b, self.t) for (a, _), (b, _) in zip(*units, strict=True))
-        apart = jnp.where(order == EMPTY, -1.0, (far_k + far_v).mean(axis=1))
-        most = max(1, math.ceil(self.outliers * S - 1e-9)) if self.outliers else 0
-        index = top_k(apart, most, "BS")[1]
-        many_B = jnp.ceil(self.outliers * below.count_B - 1e-4).astype(jnp.int32)
-        index = jnp.sort(jnp.where(jnp.arange(most) < many_B[:, None], index, S), axis=-1)
+        index = self.apart((far_k + far_v).mean(axis=1), order != EMPTY, below.count_B)
         merged = jax.vmap(lambda order, at: order.at[at].set(EMPTY, mode="drop"))(order, index)
         slots = -(-S // R) * R
         merged = pad_slots(jnp.broadcast_to(merged[:, None], (B, K, S)), slots, 2, EMPTY)
@@ -174,7 +183,7 @@ class MiniCache(Policy):
 def whole_rows(rows: Prefilled, index_BX: jax.Array, room: Room) -> Rows:
     """The named rows of every head (index S = none) in the first slots of a store with space for those to come."""
     (B, K, S, _), X = rows.k_BKSH.shape, index_BX.shape[1]
-    C = whole_tiles(X + room.rows)
+    C = whole_tiles(X + room.rows, rows.k_BKSH.dtype)
     order = jnp.take_along_axis(pad_slots(rows.order_BKS[:, 0], S + 1, 1, EMPTY), index_BX, axis=1)
     at = jnp.broadcast_to(index_BX[:, None], (B, K, X))
     k, v = (pad_slots(jnp.where((order != EMPTY)[:, None, :, None], take_rows(x, at), 0), C, 2) for x in (rows.k_BKSH, rows.v_BKSH))

@@ -90,11 +90,13 @@ class Ask(Evidence):
     """Attention mass per stored row, summed over query heads of a kv head and over queries.
 
     last: only the last `last` prompt rows ask (SnapKV); None: all do (H2O). decay: a query `d` rows before the end weighs
-    decay**d (A2SF). Computed by one extra pass over the keys per layer, never as a T x S matrix.
+    decay**d (A2SF). near: a row counts what it gets from the queries of whose last `near` rows, their own included, it is one (InfLLM).
+    Computed by one extra pass over the keys per layer, never as a T x S matrix.
     """
 
     last: int | None = None
     decay: float = 1.0
+    near: int | None = None
     per_row: ClassVar[bool] = True
 
     def attends(self) -> float:
@@ -116,8 +118,9 @@ class Ask(Evidence):
             _, at = top_k(row, self.last, "BT")
             q, lse = (jnp.take_along_axis(x, at.reshape(*at.shape, *(1,) * (x.ndim - 2)), axis=1) for x in (q, lse))
             weight, row = jnp.take_along_axis(weight, at, axis=1), jnp.take_along_axis(row, at, axis=1)
-        stored = jnp.broadcast_to(seen.order_BKS, seen.k_BKSH.shape[:3])
-        mass = column_mass(q, seen.k_BKSH, lse, stored, here.lo(row), row, weight, scale=here.cfg.scale, softcap=here.cfg.softcap)
+        stored, lo = jnp.broadcast_to(seen.order_BKS, seen.k_BKSH.shape[:3]), here.lo(row)
+        lo = lo if self.near is None else jnp.maximum(lo, row - self.near + 1)
+        mass = column_mass(q, seen.k_BKSH, lse, stored, lo, row, weight, scale=here.cfg.scale, softcap=here.cfg.softcap)
         return mass if before is None else mass.at[..., : before.shape[-1]].add(before)
 
     def longer(self, value, more_B: jax.Array):
@@ -144,6 +147,24 @@ class QuerySquares(Evidence):
 
     def longer(self, value, more_B: jax.Array) -> None:
         return None
+
+
+@dataclass(frozen=True)
+class Pictured(Evidence):
+    """Whether each stored row is a picture's, (B, K, S): whether its token is one of these, which stand for pictures in a text."""
+
+    marks: tuple[int, ...]
+    per_row: ClassVar[bool] = True
+
+    def like(self, B: int, S: int, cfg):
+        return jax.ShapeDtypeStruct((B, cfg.K, S), "bool")
+
+    def gather(self, seen: Seen, before, here: Here) -> jax.Array:
+        assert seen.id_BT is not None, "a prefill knows the token of each row"
+        (B, K, S, _), T = seen.k_BKSH.shape, seen.id_BT.shape[1]
+        mine = (seen.id_BT[..., None] == jnp.asarray(self.marks)).any(axis=-1)
+        found = jnp.zeros((B, K, S), bool).at[..., S - T :].set(mine[:, None])
+        return found if before is None else found.at[..., : before.shape[-1]].set(before)
 
 
 class Moments(struct.PyTreeNode):

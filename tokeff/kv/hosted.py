@@ -69,7 +69,7 @@ def split(rows: Rows, first: int, edge_B: jax.Array, edge: int, behind: int) -> 
     def far(x):
         return jnp.where(there[..., None], pad_slots(x, max(C, edge), 2)[:, :, first:edge], 0)
 
-    n = jnp.arange(whole_tiles(first + behind))
+    n = jnp.arange(whole_tiles(first + behind, rows.k_BKCH.dtype))
     slot = jnp.where(n < first, n, n + edge_B[:, None] - first)
     slot = jnp.broadcast_to(slot[:, None], (B, K, len(n)))
     order = jnp.where(slot < C, jnp.take_along_axis(rows.order_BKC, jnp.minimum(slot, C - 1), axis=2), EMPTY)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -55,6 +55,9 @@ class Keep(Policy):
     @property
     def chunk(self) -> int | None:  # type: ignore[override]
         return 1 if self.evict else None
+
+    def seeing(self, marks: tuple[int, ...]) -> Keep:
+        return replace(self, score=self.score.seeing(marks))
 
     def check(self, cfg, length: int) -> None:
         check_budget(self.budget, length)
@@ -116,7 +119,7 @@ class Keep(Policy):
     def store(self, rows: Prefilled, index_BKM: jax.Array, room: Room, here: Here) -> Rows:
         """The chosen rows (index S = none) in the first slots of a new cache."""
         S, M = rows.order_BKS.shape[2], index_BKM.shape[-1]
-        C = whole_tiles(M if self.evict else M + room.rows)
+        C = whole_tiles(M if self.evict else M + room.rows, rows.v_BKSH.dtype)
         order = orders_of(rows, index_BKM)
         k = pad_slots(self.stored_keys(rows, index_BKM, order, here), C, 2)
         v = pad_slots(take_rows(rows.v_BKSH, index_BKM), C, 2)

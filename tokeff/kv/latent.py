@@ -13,7 +13,7 @@ from tokeff.errors import UserError
 from tokeff.kernels import merge
 from tokeff.kv.cache import Draft, Room, Rows, among, visible, whole_tiles
 from tokeff.kv.evidence import Evidence, Seen
-from tokeff.kv.latent_bases import Bases, bases, directions, raw_rows, rotated_heads, side_names
+from tokeff.kv.latent_bases import Bases, bases, directions, raw_rows, rotated, side_names
 from tokeff.kv.policy import Policy, Prefilled, append, pad_slots
 from tokeff.models.attention import combine, scores, softmax, wide
 from tokeff.models.flow import EMPTY, Accepted, Flow, Here
@@ -36,7 +36,7 @@ class Latent(struct.PyTreeNode):
 class Converted(Evidence):
     """The bases that `convert` put beside a layer's weights, for `pack`; the same for every sequence."""
 
-    rope: float
+    rope: float | int
 
     def like(self, B: int, S: int, cfg) -> Any:
         kind: Any = Bases  # shapes in the place of arrays
@@ -50,9 +50,9 @@ class Converted(Evidence):
         raise UserError("the bases of a converted model are of all its heads; give TransMLA all heads of a layer")
 
 
-def beside(rope: float, here: Here) -> Bases:
+def beside(rope: float | int, here: Here) -> Bases:
     """The bases beside this layer's weights, with a batch of 1."""
-    names = side_names(rope, here.cfg.K)
+    names = side_names(rope, here.cfg.K, here.cfg.H)
     if here.side is None or not set(names) <= set(here.side):
         raise UserError(f"the model holds no bases for rope={rope}; make it with tokeff.kv.convert.convert(model, text, {rope})")
     down, gain = (here.side[name][None] for name in names)
@@ -62,8 +62,9 @@ def beside(rope: float, here: Here) -> Bases:
 @dataclass(frozen=True)
 class TransMLA(Policy):
     """One row of a layer for all heads. Keys are turned across heads, frequency by frequency, so that the first heads hold most of them,
-    and the first `rope` share of heads keeps its rotation; the rest loses it, which is the conversion's known loss. That rest and the
-    values are written as `rank` of their directions (a share, or a number), and queries read them there, as in multi-head latent attention.
+    and the first `rope` share of heads keeps its rotation, or so many numbers (an even integer: whole heads, and of the next one its
+    fastest frequencies); the rest loses it, which is the conversion's known loss. That rest and the values are written as `rank` of
+    their directions (a share, or a number), and queries read them there, as in multi-head latent attention.
 
     The paper finds the bases on a calibration text and trains afterwards. converted=True takes those that `convert` put beside the
     weights; by default the prompt is that text, and its bases count as held. Nothing is trained. At full rank with the rotation of all
@@ -71,7 +72,7 @@ class TransMLA(Policy):
     """
 
     rank: float | int = 0.5
-    rope: float = 0.125
+    rope: float | int = 0.125
     converted: bool = False
 
     raw_keys: ClassVar[bool] = True
@@ -81,8 +82,10 @@ class TransMLA(Policy):
 
     def check(self, cfg, length: int) -> None:
         share = isinstance(self.rank, float)
-        if self.rank <= 0 or (share and self.rank > 1) or not 0 < self.rope <= 1:
+        if self.rank <= 0 or (share and self.rank > 1) or not 0 < self.rope <= (1 if isinstance(self.rope, float) else cfg.K * cfg.H):
             raise UserError(f"rank={self.rank} is a share of the directions or their number, rope={self.rope} a share of heads above 0")
+        if rotated(self.rope, cfg.K, cfg.H) % 2:
+            raise UserError(f"rope={self.rope} numbers are not pairs, which turn together; give an even number, or a share of heads")
         all_of_them = directions(self.rope, cfg.K, cfg.H)
         if not self.converted and length < self.low(cfg) < all_of_them:
             raise UserError(f"a prompt of {length} tokens does not determine {self.low(cfg)} directions; give rank={length} or less")
@@ -103,14 +106,14 @@ class TransMLA(Policy):
 
     def near(self, cfg) -> int:
         """How many numbers of a row carry rotation."""
-        return rotated_heads(self.rope, cfg.K) * cfg.H
+        return rotated(self.rope, cfg.K, cfg.H)
 
     def pack_layer(self, rows: Prefilled, room: Room, here: Here) -> Latent:
         k, v, angle = raw_rows(rows, here)
         given = rows.evidence_BKS[Converted(self.rope)] if self.converted else bases(k, v, self.rope, self.low(here.cfg))
         used = self.first(given, k.dtype, here)
         low = self.rows(k, v, angle, used, here)
-        (B, _, Y), C, order = low.shape, whole_tiles(k.shape[1] + room.rows), rows.order_BKS[:, 0]
+        (B, _, Y), C, order = low.shape, whole_tiles(k.shape[1] + room.rows, k.dtype), rows.order_BKS[:, 0]
         draft = (jnp.zeros((B, room.draft, Y), low.dtype), jnp.full((B, room.draft), EMPTY, jnp.int32)) if room.draft else (None, None)
         held = None if self.converted else used
         return Latent(pad_slots(low, C, 1), pad_slots(order, C, 1, EMPTY), rows.here_B, held, *draft, k.shape[2])
@@ -123,9 +126,8 @@ class TransMLA(Policy):
         """low_BTY of unrotated keys and values: one sum over heads."""
         both = jnp.concatenate([k_BTKH, v_BTKH], axis=-1)
         low = jnp.einsum("btkh,bkhy->bty", both, used.down_BKHY, preferred_element_type=wide(both.dtype))
-        B, T, near = *angle_BT.shape, self.near(here.cfg)
-        turned = here.rotate(low[..., :near].reshape(B, T, -1, here.cfg.H), angle_BT[:, :, None])
-        return jnp.concatenate([turned.reshape(B, T, near), low[..., near:]], axis=-1).astype(k_BTKH.dtype)
+        near = self.near(here.cfg)
+        return jnp.concatenate([turned(low[..., :near], angle_BT, here), low[..., near:]], axis=-1).astype(k_BTKH.dtype)
 
     def attend(self, q, k, v, ask: Flow, new: Flow, layer: Latent, accepted: Accepted | None, across, here: Here):
         used = layer.bases or self.first(beside(self.rope, here), layer.low_BCY.dtype, here)
@@ -144,11 +146,11 @@ class TransMLA(Policy):
         B, T, N, H = q_BTNH.shape
         near, down = self.near(here.cfg), used.down_BKHY[:, :, :H]
         gain = used.gain_B * here.cfg.rope_of(here.layer).attention_factor ** 2
-        turned, raw = (
+        stands, raw = (
             jnp.einsum("btkgh,bkhy->btkgy", x.reshape(B, T, here.cfg.K, -1, H), some, preferred_element_type=wide(x.dtype))
             for x, some in ((here.rotate(q_BTNH, angle_BT[:, :, None]), down[..., :near]), (q_BTNH, down[..., near:]))
         )
-        q = jnp.concatenate([turned, raw * gain[:, None, None, None, None]], axis=-1)
+        q = jnp.concatenate([stands, raw * gain[:, None, None, None, None]], axis=-1)
         return q.reshape(B, T, N, -1).astype(q_BTNH.dtype)
 
     def read(self, q_BTNY, low_BCY, seen_BKTC, here: Here) -> tuple[jax.Array, jax.Array]:
@@ -168,6 +170,17 @@ class TransMLA(Policy):
         """All heads read the same rows."""
         B, C = layer.order_BC.shape
         return jnp.broadcast_to(layer.order_BC[:, None], (B, layer.heads, C))
+
+
+def turned(low_BTY: jax.Array, angle_BT: jax.Array, here: Here) -> jax.Array:
+    """The numbers of a row that keep their rotation, at the row's place: whole heads, then the first frequencies of one more."""
+    H, (B, T, Y) = here.cfg.H, low_BTY.shape
+    whole, more = Y // H * H, Y % H // 2
+    last = pad_slots(low_BTY[..., whole:].reshape(B, T, 2, more), H // 2, 3).reshape(B, T, 1, H)
+    heads = jnp.concatenate([low_BTY[..., :whole].reshape(B, T, -1, H), *([last] if more else [])], axis=2)
+    heads = here.rotate(heads, angle_BT[:, :, None])
+    part = heads[:, :, whole // H :].reshape(B, T, -1, 2, H // 2)[..., :more].reshape(B, T, -1)
+    return jnp.concatenate([heads[:, :, : whole // H].reshape(B, T, whole), part], axis=-1)
 
 
 def arrived(layer: Latent, low_BTY: jax.Array, new: Flow, accepted: Accepted | None) -> Latent:

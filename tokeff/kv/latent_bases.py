@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from tokeff.kv.policy import Prefilled
@@ -14,28 +15,37 @@ LEAST = 1e-5  # of the largest power of a direction; float32 rounding is a hundr
 
 
 class Bases(struct.PyTreeNode):
-    """What takes a head's raw key and value, side by side in H, to its share of the Y numbers of a row: first those of the heads that keep
-    their rotation, then the directions of all else, the strongest first. Queries come there by the key's half; gain_B undoes the
-    scaling of keys."""
+    """What takes a head's raw key and value, side by side in H, to its share of the Y numbers of a row: first those that keep their
+    rotation, then the directions of all else, the strongest first. Queries come there by the key's half; gain_B undoes the scaling of
+    keys."""
 
     down_BKHY: jax.Array
     gain_B: jax.Array
 
 
-def rotated_heads(rope: float, K: int) -> int:
-    """How many heads keep their rotation."""
-    return max(1, round(rope * K))
+def rotated(rope: float | int, K: int, H: int) -> int:
+    """How many numbers of a row keep their rotation: `rope` itself, or those of a share of the heads, at least one."""
+    return max(1, round(rope * K)) * H if isinstance(rope, float) else rope
 
 
-def directions(rope: float, K: int, H: int) -> int:
+def rotated_first(rope: float | int, K: int, H: int) -> np.ndarray:
+    """The K * H numbers of turned keys in the order in which a row has them, those that keep their rotation first: whole heads, and of the
+    next one its fastest frequencies, first halves of their pairs and then the second ones. Slow ones turn least, and lose least."""
+    whole, more = divmod(rotated(rope, K, H), H)
+    half = np.arange(more // 2)
+    near = np.concatenate([np.arange(whole * H), whole * H + half, whole * H + H // 2 + half])
+    return np.concatenate([near, np.setdiff1d(np.arange(K * H), near)])
+
+
+def directions(rope: float | int, K: int, H: int) -> int:
     """Into how many directions the rest goes at full rank."""
-    return (2 * K - rotated_heads(rope, K)) * H
+    return 2 * K * H - rotated(rope, K, H)
 
 
-def side_names(rope: float, K: int) -> tuple[str, str]:
+def side_names(rope: float | int, K: int, H: int) -> tuple[str, str]:
     """Where a converted model keeps a layer's bases and their gain, in `Block.side`."""
-    heads = rotated_heads(rope, K)
-    return f"latent{heads}_KHY", f"latent{heads}gain"
+    name = f"latent{rotated(rope, K, H)}"
+    return f"{name}_KHY", f"{name}gain"
 
 
 def strongest(gram: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -55,7 +65,7 @@ def turn(k_BSKH: jax.Array) -> jax.Array:
     return jnp.einsum("ac,iz,bikj->bkaijcz", *same, across).reshape(B, K, H, K * H)
 
 
-def bases(k_BSKH: jax.Array, v_BSKH: jax.Array, rope: float, rank: int) -> Bases:
+def bases(k_BSKH: jax.Array, v_BSKH: jax.Array, rope: float | int, rank: int) -> Bases:
     """Of raw keys and values, 0 where no row is: keys that lose their rotation are scaled to the values' norm (sec. 4.3), and both have
     their principal directions together, of which the first `rank` are kept.
 
@@ -63,7 +73,7 @@ def bases(k_BSKH: jax.Array, v_BSKH: jax.Array, rope: float, rank: int) -> Bases
     part of itself that rounding alone has chosen.
     """
     (B, S, K, H), k, v = k_BSKH.shape, *(x.astype(wide(x.dtype)) for x in (k_BSKH, v_BSKH))
-    kept, across = rotated_heads(rope, K) * H, turn(k)
+    kept, across = rotated(rope, K, H), turn(k)[..., rotated_first(rope, K, H)]
     rest = jnp.einsum("bskh,bkhn->bsn", k, across[..., kept:], precision="highest")
     of_k, of_v = (jnp.linalg.norm(x.reshape(B, S, -1), axis=-1).sum(axis=1) for x in (rest, v))
     scale = jnp.where(of_k > 0, of_v / jnp.maximum(of_k, 1e-20), 1.0)

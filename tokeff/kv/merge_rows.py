@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from tokeff.errors import UserError
 from tokeff.kv.cache import Room, Rows, per_head
-from tokeff.kv.keep import Keep
+from tokeff.kv.keep import Keep, chosen
 from tokeff.kv.policy import Ask, Prefilled, pad_slots
 from tokeff.kv.score import Recency, Scorer, pool
 from tokeff.models.attention import NEG
@@ -110,7 +110,7 @@ class Merged(Keep):
         return layer.replace(bias_BKC=jnp.log1p(many)) if self.sized else layer
 
     def squeeze(self, rows: Prefilled, here: Here) -> Prefilled:
-        """Rows wait for the end of the prompt, to be merged."""
+        """Rows are merged once, at the end of the prompt, and wait for it: a mean of means would be another rule."""
         return rows
 
     def joining(self, rows: Prefilled, index_BKM: jax.Array, here: Here) -> jax.Array:
@@ -168,8 +168,19 @@ class Bequeath(Keep):
         return per_head(draw)(number)
 
     def store(self, rows: Prefilled, index_BKM: jax.Array, room: Room, here: Here) -> Rows:
-        """Sums over the rows before each kept one: what it receives is the difference of two places of them."""
-        layer, gone = super().store(rows, index_BKM, room, here), dropped(rows, index_BKM)
+        layer = super().store(rows, index_BKM, room, here)
+        return layer.replace(v_BKCH=layer.v_BKCH + self.received(rows, index_BKM, layer.order_BKC).astype(layer.v_BKCH.dtype))
+
+    def squeeze(self, rows: Prefilled, here: Here) -> Prefilled:
+        """Rows leave between pieces as they do at any eviction: what stays receives their values."""
+        index = self.choose(rows, here)
+        left = chosen(rows, index)
+        return left.replace(v_BKSH=left.v_BKSH + self.received(rows, index, left.order_BKS).astype(left.v_BKSH.dtype))
+
+    def received(self, rows: Prefilled, index_BKM: jax.Array, order_BKC: jax.Array) -> jax.Array:
+        """float32 (B, K, C, H) for the kept rows of these orders. Sums over the rows before each one: what it receives is the difference
+        of two places of them."""
+        gone = dropped(rows, index_BKM)
         order = jnp.broadcast_to(rows.order_BKS, gone.shape)
         mass = rows.evidence_BKS[self.needs()[0]]
         stays = ~gone & (order != EMPTY)
@@ -179,14 +190,9 @@ class Bequeath(Keep):
         before = jnp.pad(jnp.cumsum(gift, axis=2), ((0, 0), (0, 0), (1, 0), (0, 0)))
         ascending = jnp.where(rows.order_BKS[:, 0] == EMPTY, jnp.iinfo(jnp.int32).max, rows.order_BKS[:, 0])
         find = jax.vmap(lambda a, x_KC: jnp.searchsorted(a, x_KC.reshape(-1)).reshape(x_KC.shape))
-        ends = (find(ascending, layer.order_BKC - back) for back in (0, self.over))
+        ends = (find(ascending, order_BKC - back) for back in (0, self.over))
         last, first = (per_head(lambda x, at: x[at])(before, at) for at in ends)
-        received = jnp.where((layer.order_BKC != EMPTY)[..., None], last - first, 0)
-        return layer.replace(v_BKCH=layer.v_BKCH + received.astype(layer.v_BKCH.dtype))
-
-    def squeeze(self, rows: Prefilled, here: Here) -> Prefilled:
-        """Rows wait for the end of the prompt, to be merged."""
-        return rows
+        return jnp.where((order_BKC != EMPTY)[..., None], last - first, 0)
 
     def evict_where(self, layer: Rows, full_B: jax.Array, here: Here) -> Rows:
         after = super().evict_where(layer, full_B, here)

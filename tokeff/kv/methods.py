@@ -26,7 +26,7 @@ from tokeff.kv.pool import KeepByHead, KeepByModel
 from tokeff.kv.pyramid import Pyramid, Spared
 from tokeff.kv.quant import ByChannel, ByToken
 from tokeff.kv.retell import Reconstruction, Retold
-from tokeff.kv.score import Chance, Chunked, Mass, Recency, Shared, WindowMass
+from tokeff.kv.score import Chance, Chunked, Mass, Recency, Shared, TextFirst, WindowMass
 from tokeff.kv.score_future import Expected
 from tokeff.kv.score_keys import KeyDifference, KeyNorm, Lag, Unrepeated
 from tokeff.kv.shadow import ShadowKV
@@ -214,14 +214,16 @@ def kvzip(
 
 
 def compresskv(
-    budget: Budget = 0.125, window: int = 8, kernel: int = 5, judges: Heads = ((0,),), importance: tuple[float, ...] = ()
-) -> ByImportance:
+    budget: Budget = 0.125, window: int = 8, kernel: int = 5, judges: Heads = ((0,),), importance: tuple[float, ...] = (),
+    floor: float | int = 0.25,
+) -> ByImportance:  # fmt: skip
     """CompressKV (Lin et al. 2025): rows that a layer's semantic retrieval heads look at, one choice for all its kv heads.
 
     `judges` are query heads of each layer, from `tokeff.kv.compress.semantic_heads` (published: 4 a layer; the default, the first head,
-    is a placeholder), `importance` a share of the budget for each layer, from `layer_importance` (none: all alike).
+    is a placeholder), `importance` a share of the budget for each layer, from `layer_importance` (none: all alike). floor: what
+    every layer keeps, rows or a share of the budget; published 32 rows, a quarter of the smallest budget of the paper.
     """
-    return ByImportance(budget, HeadWindow(window, kernel, "avg", judges), recent=window, importance=importance)
+    return ByImportance(budget, HeadWindow(window, kernel, "avg", judges), recent=window, importance=importance, floor=floor)
 
 
 def adakv(budget: Budget = 0.125, window: int = 16, kernel: int = 7, pool: str = "max", floor: float = 0.2, page: int = 16) -> KeepByHead:
@@ -287,12 +289,13 @@ def cam(budget: Budget = 0.125, sinks: float | int = 4, over: int = 32, evict: i
 
 
 def look_m(budget: Budget = 0.125, recent: float = 0.5, how: str = "pivot") -> Merged:
-    """LOOK-M (Wan et al. 2024): H2O's rows once after the prompt; the others are merged into the kept row nearest by key.
+    """LOOK-M (Wan et al. 2024): H2O's rows once after the prompt, those of text before those of pictures; the others are merged into the
+    kept row nearest by key.
 
-    Its rule that text is kept before image rows leaves H2O's order where all rows are text. As published: budget 0.2, half recent;
-    how='average', 'pivot' or 'weighted'.
+    Where all rows are text that is H2O's order; `tokeff.models.llava.generate` says which are not. As published: budget 0.2, half recent;
+    how='average', 'pivot' or 'weighted'. One choice for the query heads of a kv head.
     """
-    return Merged(budget, Mass(), recent=recent, how=how)
+    return Merged(budget, TextFirst(), recent=recent, how=how)
 
 
 def ems(budget: Budget = 0.125, window: int = 16, more: float = 1.0, least: float = 0.6) -> Merged:
@@ -305,24 +308,28 @@ def ems(budget: Budget = 0.125, window: int = 16, more: float = 1.0, least: floa
     return Merged(budget, GlobalLocal(window), recent=window, how="average", least=least, more=more, sized=True)
 
 
-def minicache(first: float = 0.5, t: float = 0.6, outliers: float = 0.05, rest: Policy = _ALL) -> MiniCache:
-    """MiniCache (Liu et al. 2024): from the middle on, two neighbouring layers share directions and keep lengths. As published."""
-    return MiniCache(first, t, outliers, rest)
+def minicache(first: float = 0.5, t: float = 0.6, outliers: float = 0.05, rest: Policy = _ALL, most: float = 0.05) -> MiniCache:
+    """MiniCache (Liu et al. 2024): from the middle on, two neighbouring layers share directions and keep lengths.
+
+    Rows whose angle between the layers is in the top `outliers` of its range stay whole. As published, but for a bound: there is memory for
+    the share `most` of the rows, and where more lie in that range those with the largest angles stay. One choice for keys and values.
+    """
+    return MiniCache(first, t, outliers, rest, most)
 
 
 def minicache_4bit(
-    first: float = 0.5, t: float = 0.6, outliers: float = 0.05, bits: int = 4, group: int = 32, residual: int = 32
+    first: float = 0.5, t: float = 0.6, outliers: float = 0.05, bits: int = 4, group: int = 32, residual: int = 32, most: float = 0.05
 ) -> MiniCache:
     """MiniCache with 4-bit codes (Liu et al. 2024, sec. 5): shared directions, and the rows of the other layers, as KIVI writes them."""
-    return MiniCache(first, t, outliers, kivi(bits, group, residual))
+    return MiniCache(first, t, outliers, kivi(bits, group, residual), most)
 
 
-def transmla(rank: float | int = 0.5, rope: float = 0.125, converted: bool = False) -> TransMLA:
+def transmla(rank: float | int = 0.5, rope: float | int = 0.125, converted: bool = False) -> TransMLA:
     """TransMLA (Meng et al. 2025), without its training: one low-rank row for all heads, few of whose numbers carry rotation.
 
-    rank: share or number of directions of what carries none. rope: share of heads, at least one, that keep their rotation.
-    converted: bases from a calibration text, put beside the weights by `tokeff.kv.convert.convert(model, text, rope)`, as published;
-    by default each prompt finds its own, which are held with it. `paper`: rank=512, 64 rotated numbers, and training, without which its
-    perplexities rise by a fifth to eightfold.
+    rank: share or number of directions of what carries none. rope: share of heads, at least one, that keep their rotation, or how many
+    numbers do. converted: bases from a calibration text, put beside the weights by `tokeff.kv.convert.convert(model, text, rope)`, as
+    published; by default each prompt finds its own, which are held with it. `paper`: rank=512, rope=64 (of a head of 128 the fastest
+    half of the frequencies, where the paper merges near ones), and training, without which its perplexities rise by a fifth to eightfold.
     """
     return TransMLA(rank, rope, converted)

@@ -74,6 +74,11 @@ class Policy:
         inside = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{name: x.fit(m) for name, x in inside.items() if isinstance(x, Policy)})
 
+    def seeing(self, marks: tuple[int, ...]) -> Policy:
+        """This policy for texts in which these tokens stand for rows of pictures. The default tells the policies inside it."""
+        inside = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: x.seeing(marks) for name, x in inside.items() if isinstance(x, Policy)})
+
     def drafts(self, depth: int) -> str | None:
         """None when tree drafts of this depth equal one-row decoding under the policy; else the reason they do not."""
         return None
@@ -158,7 +163,7 @@ class Full(Policy):
     """Keep every row, read every row: the baseline. Slots are in order, so selection policies build on its store."""
 
     def pack_layer(self, rows: Prefilled, room: Room, here: Here) -> Rows:
-        C = whole_tiles(rows.k_BKSH.shape[2] + room.rows)
+        C = whole_tiles(rows.k_BKSH.shape[2] + room.rows, rows.k_BKSH.dtype)
         B, K = rows.k_BKSH.shape[:2]
         order = jnp.broadcast_to(pad_slots(rows.order_BKS, C, 2, EMPTY), (B, K, C))
         k, v = pad_slots(rows.k_BKSH, C, 2), pad_slots(rows.v_BKSH, C, 2)

@@ -121,7 +121,7 @@ class Paging(Policy):
     def paged(self, rows: Prefilled, keep_BKS: jax.Array, P: int, room: Room) -> Paged:
         """These rows in P pages, and room for what comes."""
         B, K, _, H = rows.k_BKSH.shape
-        zero = jnp.zeros((B, K, whole_tiles(room.rows), H), rows.k_BKSH.dtype)
+        zero = jnp.zeros((B, K, whole_tiles(room.rows, rows.k_BKSH.dtype), H), rows.k_BKSH.dtype)
         tail = Rows(zero, zero, jnp.full(zero.shape[:3], EMPTY, jnp.int32), jnp.zeros(B, jnp.int32))
         return Paged(pack_pool(rows, keep_BKS, P, self.page), tail.replace(draft=empty_draft(zero, room.draft)))
 

@@ -6,7 +6,7 @@ for policies that evict throughout; scorers whose rule exists only at the end of
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import jax
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from tokeff.errors import UserError
 from tokeff.kv.cache import Rows
-from tokeff.kv.evidence import Ask, Evidence
+from tokeff.kv.evidence import Ask, Evidence, Pictured
 from tokeff.kv.policy import Prefilled, pad_slots
 from tokeff.models.flow import EMPTY, Here
 
@@ -35,6 +35,10 @@ class Scorer:
 
     def check(self) -> None:
         """Raise UserError for settings that cannot work."""
+
+    def seeing(self, marks: tuple[int, ...]) -> Scorer:
+        """Itself for texts in which these tokens stand for rows of pictures."""
+        return self
 
     def first(self, rows: Prefilled, here: Here) -> jax.Array:
         """score_BKS of prefilled rows; padding may hold anything."""
@@ -102,6 +106,27 @@ class Mass(Scorer):
     def later(self, layer: Rows, here: Here) -> jax.Array:
         assert layer.mass_BKC is not None
         return layer.mass_BKC
+
+
+@dataclass(frozen=True)
+class TextFirst(Mass):
+    """`Mass` at the end of a prompt, where every row of text is worth more than any row of a picture (LOOK-M, Wan et al. 2024, sec. 3.2).
+
+    marks: the tokens that stand for pictures, which a model of pictures says (`seeing`); none where all rows are text.
+    """
+
+    marks: tuple[int, ...] = ()
+    running: ClassVar[bool] = False
+
+    def needs(self) -> tuple[Evidence, ...]:  # type: ignore[override]
+        return (*super().needs(), *([Pictured(self.marks)] if self.marks else []))
+
+    def seeing(self, marks: tuple[int, ...]) -> TextFirst:
+        return replace(self, marks=marks)
+
+    def first(self, rows: Prefilled, here: Here) -> jax.Array:
+        mass = super().first(rows, here)
+        return jnp.where(rows.evidence_BKS[Pictured(self.marks)], -1 / (1 + mass), mass) if self.marks else mass
 
 
 def faded(factor: float) -> Ask:

@@ -129,7 +129,7 @@ class ShadowKV(Policy):
     def exact_rows(self, k, v, order_BS, pick_BKS, M: int, room: Room) -> Rows:
         S = order_BS.shape[1]
         index = jnp.sort(jnp.where(pick_BKS, jnp.arange(S), S), axis=-1)[..., : min(M, S)]
-        C = whole_tiles(index.shape[-1] + room.rows)
+        C = whole_tiles(index.shape[-1] + room.rows, k.dtype)
         order = jnp.take_along_axis(pad_slots(order_BS, S + 1, 1, EMPTY)[:, None], index, axis=2)
         k, v = pad_slots(take_rows(k, index), C, 2), pad_slots(take_rows(v, index), C, 2)
         live = (order != EMPTY).sum(axis=-1, dtype=jnp.int32).max(axis=1)

@@ -90,7 +90,7 @@ class SharedPrefix(Policy):
 def nothing_yet(like_BKCH: jax.Array, room: Room, times: int) -> Rows:
     """A store without rows, for `times` as many sequences. Compiled, because a loop cannot take one buffer as both k and v."""
     B, K, _, H = like_BKCH.shape
-    zero = jnp.zeros((times * B, K, whole_tiles(room.rows), H), like_BKCH.dtype)
+    zero = jnp.zeros((times * B, K, whole_tiles(room.rows, like_BKCH.dtype), H), like_BKCH.dtype)
     order = jnp.full(zero.shape[:3], EMPTY, jnp.int32)
     return Rows(zero, zero, order, jnp.zeros(times * B, jnp.int32), draft=empty_draft(zero, room.draft))
 
@@ -99,7 +99,7 @@ def branch(layer: Forked, times: int, room: Room) -> Forked:
     """Every sequence of a layer `times` times, side by side. Levels are copied once: the loop that decodes consumes its state."""
     own, levels = layer.own, layer.levels
     if used := int(own.live_B.max()):
-        C = whole_tiles(used)
+        C = whole_tiles(used, own.k_BKCH.dtype)
         levels += (Level(own.k_BKCH[:, :, :C], own.v_BKCH[:, :, :C], own.order_BKC[:, :, :C]),)
     return Forked(jax.tree.map(jnp.copy, levels), nothing_yet(own.k_BKCH, room, times))
 

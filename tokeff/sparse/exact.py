@@ -66,7 +66,8 @@ class TopMass(Exact):
 @dataclass(frozen=True)
 class Vote(Exact):
     """One set of rows for a whole layer: the softmax of q.k of every query head, summed over all heads (TokenSelect, Wu et al. 2024,
-    sec. 4.2). As published q.k is not divided by sqrt(H), which sharpens the votes. Query head n meets kv head n // G."""
+    sec. 4.2). As published q.k is not divided by sqrt(H), which sharpens the votes. Query head n meets kv head n // G. Our reading: keys
+    stand at their own places; in the paper they are unrotated, and meet the query at one distance."""
 
     def worth(self, q_BTNH: jax.Array, layer: Readable, open_BKTP: jax.Array, here: Here) -> jax.Array:
         votes = log_shares(scores(q_BTNH, layer.keys_BKCH, 1.0, 0.0), open_BKTP)

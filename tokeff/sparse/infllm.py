@@ -33,29 +33,33 @@ class Known(struct.PyTreeNode):
 class Representatives(Selector):
     """Blocks whose `count` representatives have the largest q.k, summed over them and over all query heads: one set for a layer.
 
-    Representatives are the rows of a block that got the most attention (sec. 3.2). The paper sums over the queries of the local window
-    behind a row; the mass here is of all queries of the prompt. A block that fills during decoding is represented by its first rows,
-    since nothing measures attention then.
+    Representatives are the rows of a block that got the most attention from the prompt's queries in whose local window they were, the last
+    `window` rows of each (sec. 3.2). A block that fills during decoding is represented by its first rows, since nothing measures attention
+    then.
     """
 
     page: int = 16
     count: int = 2
+    window: int = 48
 
     @property
     def size(self) -> int:
         return self.page
 
     def needs(self) -> tuple[Ask, ...]:
-        return (Ask(),)
+        return (Ask(near=self.window),)
 
     def check(self, cfg, length: int) -> None:
         check_page(self.page)
         if not 1 <= self.count <= self.page:
             raise UserError(f"{self.count} representatives are not 1 to {self.page}, the rows of a block; change count")
+        if self.window < 1:
+            raise UserError(f"a local window of {self.window} rows measures no attention; set recent=1 or more")
 
     def summary(self, rows: Prefilled, store: Rows, here: Here) -> Known:
         order = in_pages(store.order_BKC, self.page, EMPTY)
-        mass = in_pages(pad_slots(rows.evidence_BKS[Ask()], store.capacity, 2), self.page)
+        (ask,) = self.needs()
+        mass = in_pages(pad_slots(rows.evidence_BKS[ask], store.capacity, 2), self.page)
         B, K, P, _ = mass.shape
         first = jnp.where(jnp.isnan(mass), jnp.inf, mass)  # a row that is no number stands for its block, which then ranks last
         _, at = top_k(jnp.where(order == EMPTY, -jnp.inf, first), self.count, "BKPR")

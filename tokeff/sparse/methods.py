@@ -81,12 +81,13 @@ def infllm(
     """InfLLM (Xiao et al. 2024): first rows, a window of recent ones, and the blocks whose representatives answer the query; all that
     is not recent stands at one distance.
 
-    One set of blocks for a layer, chosen for each query (in decoding the paper's execution block is one row). The prompt is read densely.
+    One set of blocks for a layer, chosen for each query (in decoding the paper's execution block is one row). The rows that represent a
+    block are those with the most attention from the local windows of the prompt, `recent` rows each. The prompt is read densely.
     host: the prompt's rows lie in host memory, as published, and the chosen blocks come over at every step; the paper keeps those it read
     lately on the device. `paper`: page=128, count=4, sinks=128, recent=4096 and 16 blocks, so budget=6400: recent rows
     that begin inside a page take one page more.
     """
-    return OneDistance(budget, Representatives(page, count), dense, recent=recent, sinks=sinks, host=host)
+    return OneDistance(budget, Representatives(page, count, recent), dense, recent=recent, sinks=sinks, host=host)
 
 
 def lserve(
@@ -131,12 +132,13 @@ def double_sparsity(
 def tokenselect(
     budget: Budget = 0.125, sinks: int = 8, recent: int = 48, cosine: float | None = 0.9, dense: tuple[int, ...] = ()
 ) -> Read:
-    """TokenSelect (Wu et al. 2024): the heads of a layer vote for the rows that all of them read, and keep the vote while the query
-    stays similar.
+    """TokenSelect (Wu et al. 2024), our reading: the heads of a layer vote for the rows that all of them read, and keep the vote while the
+    query stays similar.
 
     cosine: below it a layer votes again, at its own time; None votes at every step, which drafts need. `paper`: budget=2688 (2048 voted
-    for), sinks=128, recent=512; ours are those shares of 256 rows. Rows keep their own rotary positions, where the paper renumbers
-    them to reach beyond the trained length, and the prompt is read densely.
+    for), sinks=128, recent=512; ours are those shares of 256 rows. Our reading is of the positions: queries vote, and read, at their own
+    distance from every row. In the paper unrotated keys meet a query at one distance, and rows that are read are renumbered, to reach
+    beyond the trained length; its prompt selects in chunks of 512, ours is read densely.
     """
     return Read(budget, Vote(), dense, recent=recent, sinks=sinks, reuse=None if cosine is None else WhileSimilar(cosine))
 
