@@ -88,7 +88,7 @@ an encoder, of pictures or of sound, to `encode` and `transcribe` as `reduce`. M
 - *acts*: inside the image tower, on patches behind it, between a thumbnail and its crops, on patches given the text, between frames; inside
   the decoder, or inside an encoder.
 - *nothing is left out at*: settings at which all rows stay as they are; `grid` is as many cells as the tower has patches.
-- *paper's numbers*: the settings it names, where they are not the defaults; most defaults are theirs, as shares.
+- *paper's numbers*: the settings it names; most defaults are theirs, as shares.
 
 """
 

@@ -3,6 +3,7 @@
 Results are cached for the session of a worker, and tests are grouped by method, so no setting is compiled twice.
 """
 
+import sys
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -18,7 +19,6 @@ from tokeff.errors import UserError
 from tokeff.generation import Setup
 from tokeff.kv.bounded import prefill_bounded
 from tokeff.kv.cache import Room
-from tokeff.kv.extend import _pack_one
 from tokeff.kv.keep import Keep
 from tokeff.kv.policy import Ask, Policy
 from tokeff.kv.prefill import Prompt
@@ -27,7 +27,6 @@ from tokeff.listing import METHODS as LISTED
 from tokeff.models.config import Precision
 from tokeff.models.flow import Flow, Here
 from tokeff.models.load import Model
-from tokeff.models.transformer import one_layer
 
 STEPS = 6
 UNDER_ALL = "PromptDistill"  # the pass over which every policy stands
@@ -71,9 +70,11 @@ def method(name: str):
     return next(m for m in METHODS if m.name == name)
 
 
-def programs() -> tuple[int, ...]:
-    """How many programs each jitted function holds."""
-    return tuple(f._cache_size() for f in (run, one_layer, _pack_one))
+def programs() -> dict[str, int]:
+    """How many programs each jitted function of the library holds, of those that hold any."""
+    modules = [(name, module) for name, module in list(sys.modules.items()) if name.startswith("tokeff")]
+    jitted = {f"{name}.{key}": f for name, module in modules for key, f in list(vars(module).items()) if isinstance(f, type(run))}
+    return {name: size for name, f in jitted.items() if (size := f._cache_size())}
 
 
 def part(name: str, kind: str = "small") -> dict[str, Any]:
@@ -113,6 +114,11 @@ def evidence() -> tuple[Ask, ...]:
 
 @cache
 def prompt(name: str | None = None, kind: str = "small", form: str = "batch") -> Prompt:
+    """`prefilled`, once."""
+    return prefilled(name, kind, form)
+
+
+def prefilled(name: str | None = None, kind: str = "small", form: str = "batch") -> Prompt:
     """The prefill, dense unless `name` is a method that acts on it.
 
     form: batch, chunked, swapped (rows in the other order) or single (the second prompt alone, not padded).
@@ -177,11 +183,11 @@ def decoded(
     return generate(kv, cut, decode, kind, form, prefill)
 
 
-def generate(kv="Full", cut=None, decode=None, kind="small", form="batch", prefill=None, **options) -> Decoding:
-    """`decoded`, anew; options as of `tiny.start`."""
+def generate(kv="Full", cut=None, decode=None, kind="small", form="batch", prefill=None, read=prompt, **options) -> Decoding:
+    """`decoded`, anew but for the prompt, which `read` gives (`prefilled` makes it anew too); options as of `tiny.start`."""
     policy, drafter = over(cut, part(kv, kind)["kv"]), part(decode, kind)["decode"] if decode else tiny.PLAIN
     named = {name: options[name] for name in ("how", "eos") if name in options}
-    s = tiny.start(prompt(cut or prefill, "small", form), policy, drafter, **options)
+    s = tiny.start(read(cut or prefill, "small", form), policy, drafter, **options)
     return tiny.go(s, policy, drafter, **named)
 
 

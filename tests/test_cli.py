@@ -210,12 +210,21 @@ def test_methods(capsys, listing):
     assert capsys.readouterr().out == "@x{y}\n"
 
 
-def test_fetch_shows_progress(capsys, monkeypatch):
-    """The path goes to stdout, the bar elsewhere."""
+@pytest.mark.parametrize("terminal", [True, False])
+def test_fetch_shows_progress(capsys, monkeypatch, terminal):
+    """The path goes to stdout, the bar elsewhere: again and again on a terminal, once where there is none."""
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    if terminal:
+        monkeypatch.setenv("FORCE_COLOR", "1")
+    seen = []
     module = types.ModuleType("tokeff.models.fetch")
 
     def fetch(name, progress=None):
-        progress(5, 10)
+        for done in (5, 10):
+            progress(done, 10)
+            seen.append(capsys.readouterr())
         return f"cache/{name}"
 
     module.fetch = fetch
@@ -224,7 +233,9 @@ def test_fetch_shows_progress(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "tokeff.models", package)
     monkeypatch.setitem(sys.modules, "tokeff.models.fetch", module)
     assert cli.main(["fetch"]) == 0
-    assert capsys.readouterr().out == "cache/smollm2-135m\n"
+    said = capsys.readouterr()
+    assert said.out == "cache/smollm2-135m\n" and not any(before.out for before in seen)
+    assert "10/10 bytes" in said.err and "━" in said.err and ("\x1b[" in said.err) == terminal
 
 
 def test_bench_passes_its_arguments_on(monkeypatch):

@@ -3,12 +3,14 @@
 import base64
 import os
 import re
+import tarfile
 from functools import cache
 from pathlib import Path
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
 
 pytestmark = pytest.mark.slow
 
@@ -65,11 +67,72 @@ def test_committed_notebook_is_small_and_clean(path):
         assert cell.cell_type != "code" or (cell.execution_count is None and all("image/png" in o.get("data", {}) for o in cell.outputs))
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_first_code_cell_installs_on_colab(path):
-    notebook = nbformat.read(path, as_version=4)
-    first = next(cell for cell in notebook.cells if cell.cell_type == "code")
-    assert "google.colab" in first.source and "pip install" in first.source
+def first_cells() -> dict[str, str]:
+    """{the first code cell: the name of a notebook that begins so}."""
+    cells = {}
+    for path in NOTEBOOKS:
+        notebook = nbformat.read(path, as_version=4)
+        cells.setdefault(next(cell for cell in notebook.cells if cell.cell_type == "code").source, path.stem)
+    return cells
+
+
+COLAB = """
+import os, shlex, shutil, sys, tarfile, types
+
+HERE, installed = os.getcwd(), []
+
+def upload():
+    shutil.copy("elsewhere/tokeff.tar.gz", "tokeff.tar.gz")  # Colab writes it beside the notebook
+    return {"tokeff.tar.gz": b""}
+
+def pip(line):
+    command, *options, source = shlex.split(line)
+    assert command == "install", line
+    installed.append(source)
+    assert "://" in source or tarfile.is_tarfile(source) if not os.path.isdir(source) else os.path.exists(source + "/setup.py")
+
+google, colab, files = (types.ModuleType(name) for name in ("google", "google.colab", "google.colab.files"))
+google.colab, colab.files, files.upload = colab, files, upload
+sys.modules.update({module.__name__: module for module in (google, colab, files)})
+get_ipython().register_magic_function(pip)
+"""
+GIT = "#!/bin/sh\nmkdir tokeff && tar -xf elsewhere/tokeff.tar.gz -C tokeff && echo $* > tokeff/cloned\n"
+
+
+@pytest.fixture
+def colab(tmp_path, monkeypatch):
+    """A folder with an archive of this repository elsewhere, and a `git` that needs no network."""
+    (tmp_path / "elsewhere").mkdir()
+    with tarfile.open(tmp_path / "elsewhere" / "tokeff.tar.gz", "w:gz") as archive:
+        for name in ("setup.py", "pyproject.toml", "notebooks"):
+            archive.add(ROOT / name, name)
+    git = tmp_path / "bin" / "git"
+    git.parent.mkdir()
+    git.write_text(GIT)
+    git.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{git.parent}{os.pathsep}{os.environ['PATH']}")
+    return tmp_path
+
+
+@pytest.mark.parametrize("cell", [pytest.param(cell, id=name) for cell, name in first_cells().items()])
+def test_first_cell_gets_tokeff_on_colab(cell, colab):
+    """From an uploaded archive, from one on a mounted Drive, and from an address: pip is given what holds this library. A notebook that
+    needs what lies beside it goes on in a copy of the repository. An upload that was called off says what to do."""
+    whole = "tokeff/notebooks" in cell
+    address = "https://example.org/tokeff" if whole else "git+https://example.org/tokeff"
+    sources = {"": "tokeff.tar.gz", "elsewhere/tokeff.tar.gz": "elsewhere/tokeff.tar.gz", address: address}
+    steps = [COLAB]
+    for source, given in sources.items():
+        steps += [cell.replace('SOURCE = ""', f'SOURCE = "{source}"'), f"assert {whole} or installed[-1] == {given!r}"]
+        if whole:
+            steps.append("assert installed[-1] == './tokeff' and os.getcwd() == os.path.join(HERE, 'tokeff', 'notebooks')")
+            steps.append(f"assert os.path.exists('../setup.py') and os.path.exists('../cloned') == {'://' in source}")
+            steps.append("os.chdir(HERE); shutil.rmtree('tokeff')")
+    steps.append("files.upload = dict")
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(step) for step in [*steps, cell]])
+    with pytest.raises(CellExecutionError, match="no file was uploaded; run this cell again"):
+        NotebookClient(notebook, timeout=60, kernel_name="python3", resources={"metadata": {"path": str(colab)}}).execute()
+    assert all(not any(o.output_type == "error" for o in step.outputs) for step in notebook.cells[:-1])
 
 
 @pytest.mark.parametrize("path", each())

@@ -70,7 +70,7 @@ kv.cacheblend(chunk: 'int' = 512, share: 'float' = 0.16, layer: 'int' = 1, dense
 kv.cam(budget: 'Budget' = 0.125, sinks: 'float | int' = 4, over: 'int' = 32, evict: 'int' = 1, seed: 'int' = 0) -> 'Bequeath'
 kv.chunkkv(budget: 'Budget' = 0.125, window: 'int' = 16, chunk: 'int' = 10) -> 'Keep'
 kv.compresskv(budget: 'Budget' = 0.125, window: 'int' = 8, kernel: 'int' = 5, judges: 'Heads' = ((0,),), importance: 'tuple[float, ...]' = \
-()) -> 'ByImportance'
+(), floor: 'float | int' = 0.25) -> 'ByImportance'
 kv.duo_attention(heads: 'Heads' = ((0,),), budget: 'Budget' = 0.125, sinks: 'int' = 4, evict: 'int' = 1) -> 'ByClass'
 kv.ems(budget: 'Budget' = 0.125, window: 'int' = 16, more: 'float' = 1.0, least: 'float' = 0.6) -> 'Merged'
 kv.expected_attention(budget: 'Budget' = 0.125, future: 'int' = 512, sinks: 'int' = 4, floor: 'float' = 0.0) -> 'Keep'
@@ -87,9 +87,10 @@ kv.kvzip(budget: 'Budget' = 0.3, sinks: 'int' = 4, piece: 'int' = 2048, ask: 'tu
 kv.lagkv(budget: 'Budget' = 0.125, lag: 'int' = 32, sinks: 'int' = 4) -> 'Keep'
 kv.lm_infinite(budget: 'Budget' = 0.125, sinks: 'int' = 10, cap: 'int | None' = None, evict: 'int' = 1) -> 'LambdaShaped'
 kv.look_m(budget: 'Budget' = 0.125, recent: 'float' = 0.5, how: 'str' = 'pivot') -> 'Merged'
-kv.minicache(first: 'float' = 0.5, t: 'float' = 0.6, outliers: 'float' = 0.05, rest: 'Policy' = Full()) -> 'MiniCache'
+kv.minicache(first: 'float' = 0.5, t: 'float' = 0.6, outliers: 'float' = 0.05, rest: 'Policy' = Full(), most: 'float' = 0.05) -> \
+'MiniCache'
 kv.minicache_4bit(first: 'float' = 0.5, t: 'float' = 0.6, outliers: 'float' = 0.05, bits: 'int' = 4, group: 'int' = 32, residual: 'int' = \
-32) -> 'MiniCache'
+32, most: 'float' = 0.05) -> 'MiniCache'
 kv.pyramidkv(budget: 'Budget' = 0.125, window: 'int' = 16, kernel: 'int' = 5, pool: 'str' = 'avg', beta: 'int' = 20) -> 'Pyramid'
 kv.random_rows(budget: 'Budget' = 0.125, seed: 'int' = 0) -> 'Keep'
 kv.razor_attention(heads: 'Heads' = ((0,),), budget: 'Budget' = 0.2, sinks: 'int' = 4, weighted: 'bool' = True) -> 'ByClass'
@@ -102,7 +103,7 @@ Full()) -> 'ByScores'
 kv.streaming_llm(budget: 'Budget' = 0.125, sinks: 'int' = 4, evict: 'int' = 1) -> 'Streaming'
 kv.think(channels: 'float' = 0.6, window: 'int' = 32, rule: 'Policy' = Full()) -> 'Thin'
 kv.tova(budget: 'Budget' = 0.125, evict: 'int' = 1) -> 'Keep'
-kv.transmla(rank: 'float | int' = 0.5, rope: 'float' = 0.125, converted: 'bool' = False) -> 'TransMLA'
+kv.transmla(rank: 'float | int' = 0.5, rope: 'float | int' = 0.125, converted: 'bool' = False) -> 'TransMLA'
 load(source: 'str | Path', precision: 'Precision | None' = None) -> 'Model'
 methods() -> 'tuple[Method, ...]'
 reduce.AIM(rounds: 'int' = 2)
@@ -122,7 +123,7 @@ reduce.HiRED(budget: 'Budget' = 0.2, alpha: 'float' = 0.5, layer: 'int' = -2, fi
 reduce.HoliTom(budget: 'float' = 0.1, tau: 'float' = 0.8, longest: 'int' = 1024, near: 'int' = 7, beta: 'float' = 0.6, layer: 'int' = -2)
 reduce.MustDrop(like: 'float' = 0.8, window: 'tuple[int, int]' = (3, 3))
 reduce.PooledPatches(cells: 'tuple[int, int]' = (8, 8))
-reduce.PruMerge(budget: 'Budget' = 0.1111111111111111, layer: 'int' = -1, near: 'int' = 32)
+reduce.PruMerge(budget: 'Budget' = 0.1111111111111111, layer: 'int' = -1, near: 'int' = 32, how: 'str' = 'budget')
 reduce.RandomPatches(budget: 'Budget' = 0.1111111111111111, seed: 'int' = 0)
 reduce.SmallerImage(cells: 'tuple[int, int]' = (12, 12))
 reduce.StillRuns(tau: 'float' = 0.9)

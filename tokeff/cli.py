@@ -19,6 +19,7 @@ BENCHES = {
     "kernels": "each op against its bandwidth floor",
     "decode": "decode tokens/s against the bandwidth floor",
     "prefill": "prefill seconds",
+    "patterns": "prefill seconds of every sparse prefill, next to a dense one",
     "presses": "prefill, compression and decoding next to kvpress' same methods",
     "end-to-end": "prefill and decoding with the kernels and without",
     "verify-cost": "what a pass over several draft tokens costs",

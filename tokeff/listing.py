@@ -80,7 +80,7 @@ _STEP = {"every": 1}
 _STEPS = {"every": 1, "recent": 16}
 _BITS = ({"bits": 2}, {"bits": 4}, {"bits": 8})
 _LONG = {"residual": 2**20}
-_WHOLE = ({"outliers": 0.125}, {"outliers": 0.5}, {"outliers": 1.0})
+_WHOLE = tuple({"outliers": share, "most": 1.0} for share in (0.125, 0.5, 1.0))
 _FINER = tuple(a | b for a, b in zip(_WHOLE, _BITS, strict=True))
 _RANKS = ({"rank": 0.25, "rope": 1.0}, {"rank": 0.5, "rope": 1.0}, {"rank": 1.0, "rope": 1.0})
 _PLANES = tuple({"high": bits, "low": bits, "tau": 2.0, "values": 1.0} for bits in (2, 4, 8))
@@ -158,7 +158,7 @@ METHODS: tuple[Method, ...] = (
     ),
     Method(
         "TokenSelect", "kv", "sparse", sparse.tokenselect, False, papers.TOKENSELECT, published.TOKENSELECT, budgeted_by="read",
-        identity=_ALL, fast=_ANEW,
+        identity=_ALL, fast=_ANEW, reading=True,
     ),
     Method(
         "Kascade", "kv", "sparse", sparse.kascade, False, papers.KASCADE, published.KASCADE, budgeted_by="read", identity=_ALL,
@@ -174,7 +174,7 @@ METHODS: tuple[Method, ...] = (
     ),
     Method("LServe", "kv", "sparse", sparse.lserve, False, papers.LSERVE, published.LSERVE, budgeted_by="read", identity=_ALL, fast=_STEPS),
     Method(
-        "Recycled", "kv", "sparse", sparse.recycled_attention, False, papers.RECYCLED, published.RECYCLED, budgeted_by="read",
+        "RecycledAttention", "kv", "sparse", sparse.recycled_attention, False, papers.RECYCLED, published.RECYCLED, budgeted_by="read",
         identity=_ALL, fast=_STEP, reading=True,
     ),
     Method("TopK", "kv", "baseline", sparse.top_k_oracle, False, budgeted_by="read", identity=_ALL),

@@ -1,7 +1,7 @@
 """Parallel decoding: every listed drafter on five classes of prompts, at published tree sizes too, and in batches.
 
 Command:   tokeff run configs/leaderboard/decoding.py --suite smoke      (a first look: three drafters, two prompts of two classes)
-           tokeff run configs/leaderboard/decoding.py --suite full       (resumes where it stopped; --draft FOLDER adds what runs one)
+           tokeff run configs/leaderboard/decoding.py --suite full       (resumes where it stopped; --draft FOLDER takes another draft)
 Hardware:  2 CPU cores, float32, nothing else running
 Expected:  MAT grows with the tree, and so does T(n)/T(1): on two cores drafting pays on prompts that are copied, with few drafts, and large
            trees lose; where a pass is bound by reading weights (H200, TPU v5e, by arithmetic) they gain on every class
@@ -17,6 +17,7 @@ from tokeff.listing import methods
 WIDTHS = (1, 2, 4, 8, 16, 32, 64, 81)
 IN_BATCHES = ("PromptLookup", "TokenRecycling", "Lookahead (Alipay)", "EarlyExit")
 FEW = Drafted("", prompts=2)  # for rows whose passes are slow
+DRAFT = "checkpoints/smollm2-135m-draft"  # of experiments/distill_draft.py
 SIZES = (4, 8, 15, 31)  # of cuts of the published tree; all on the same prompts, as the published one of 80
 
 
@@ -34,8 +35,9 @@ def experiment(suite: str = "full") -> Drafting:
         return Drafting("decoding-smoke", rows, prompts=2, new=24, rounds=1, passes=4)
     listed = [m for m in methods() if m.part == "decode"]
     alone = [replace(row, batches=(1, 4, 16)) if row.method in IN_BATCHES else row for row in entries(listed)]
+    exact = drafted("RAPID", name="RAPID, eta 0", eta=0.0, row=FEW)  # which keeps the law; the listed default does not
     trees = [drafted("TokenRecycling", name=f"TokenRecycling {n}", tree=cut(n), row=FEW) for n in SIZES]
-    return Drafting("decoding", (*alone, *trees, *entries(listed, "paper", FEW)), widths=WIDTHS, prompts=6, rounds=1)
+    return Drafting("decoding", (*alone, exact, *trees, *entries(listed, "paper", FEW)), draft=DRAFT, widths=WIDTHS, prompts=6, rounds=1)
 
 
 def cut(n: int) -> tuple[tuple[int, ...], ...]:

@@ -12,10 +12,11 @@ from tokeff.listing import methods
 
 BUDGETS = (0.5, 0.25, 0.125, 0.0625)
 SPEEDS = "experiments/results/kv_speed"  # of configs/leaderboard/kv_speed.py, at a budget of 12.5%
-# Texts of 2,048 tokens: needles of five kinds, each asked for; look-alike needles, of which one is asked for; and chains of names.
-# Then longer ones. SmolLM2 follows no chain: there the log-probability of the right answer ranks.
+# Texts of 2,048 tokens: three needles of different kinds, each asked for, in the second four texts in turns too; look-alike needles, of
+# which one is asked for; and chains of names. Then longer ones. SmolLM2 follows no chain: there the log-probability of the right answer
+# ranks.
 FULL = (
-    Batch("multi_question", 2048), Batch("multi_question", 2048, seed=4), Batch("multi_key", 2048, n=2),
+    Batch("multi_question", 2048), Batch("multi_question", 2048, seed=4, turns=True), Batch("multi_key", 2048, n=2),
     Batch("variable_tracking", 2048, n=2), Batch("multi_question", 4096),
 )  # fmt: skip
 

@@ -7,7 +7,7 @@ import pytest
 from tiny import CFG, params
 
 from tokeff import cli
-from tokeff.bench import common, decode, kernels, prefill, verify_cost
+from tokeff.bench import common, decode, kernels, patterns, prefill, verify_cost
 from tokeff.errors import UserError
 from tokeff.kernels.bench import OPS
 from tokeff.models.config import Precision
@@ -119,6 +119,7 @@ def test_results_are_merged_by_name_and_appear_whole(tmp_path, monkeypatch):
         (["decode", "--round", "3"], "unrecognized arguments"),
         (["verify-cost", "--widths", "-1"], "'-1'"),
         (["prefill", "--model", "smollm3"], "did you mean 'smollm2-135m'"),
+        (["patterns", "--methods", "AShap"], "did you mean 'AShape'"),
         (["kernels", "--ops", "attention"], "no op 'attention'"),
         (["kernels", "--cases", "smol_2"], "no case 'smol_2'"),
         (["kernels", "--implementation", "cuda", "--cases", "smol_2k"], "cuda"),
@@ -145,3 +146,18 @@ def test_contexts_longer_than_the_model_are_refused(tiny, monkeypatch):
     monkeypatch.setattr(common, "load", lambda source: tiny)
     with pytest.raises(UserError, match="reads 256 tokens"):
         common.open_model("tiny", (64, 512))
+
+
+def test_sparse_prefills_take_turns_with_a_dense_one(tiny, monkeypatch):
+    monkeypatch.setattr(patterns, "text", lambda m, context: [(7 * i) % CFG.V for i in range(context)])
+    rows = patterns.rows(tiny, (64, 128), ("AShape", "BlockTopK"), rounds=1)
+    assert [(row["method"], row["context"]) for row in rows] == [(name, n) for n in (64, 128) for name in ("AShape", "BlockTopK")]
+    for row in rows:
+        assert row["of_dense"] == pytest.approx(row["dense_seconds"] / row["seconds"]) and 0 < row["prompt_read"] <= 1
+
+
+def test_a_sparse_prefill_pays_from_the_length_on_that_it_is_faster_at():
+    def of(*ratios):
+        return patterns.pays_from([{"context": 2**i, "of_dense": x} for i, x in enumerate(ratios)])
+
+    assert [of(1.1, 1.2), of(0.9, 1.2), of(1.1, 0.9), of(1.1, 0.9, 1.2)] == ["always", "2", "never", "4"]

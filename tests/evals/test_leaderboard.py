@@ -1,5 +1,6 @@
 """A leaderboard averages over texts, compares text by text with random rows, and resumes by whole texts."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import tiny
 from tokeff import experiment
 from tokeff.errors import UserError
 from tokeff.evals.comparison import Line, line, timed_prefill
+from tokeff.evals.cost import pattern_read
 from tokeff.evals.fidelity import Encoded, Reader
 from tokeff.evals.leaderboard import Batch, Leaderboard, Texts, averaged, entries, name_of, ranked
 from tokeff.generation import Setup
@@ -19,6 +21,7 @@ from tokeff.listing import find, methods
 from tokeff.models.config import Precision
 from tokeff.models.load import Model
 from tokeff.report.folder import RunFolder
+from tokeff.sparse import methods as sparse
 
 pytestmark = pytest.mark.core
 CONFIG = Path(__file__).parents[2] / "configs" / "leaderboard" / "kv.py"
@@ -53,6 +56,8 @@ def test_texts_are_averaged_and_compared_one_by_one():
     assert found["kl"] == pytest.approx(0.6) and found["kl_n"] == 3 and found["kl_lo"] < 0.6 < found["kl_hi"]
     assert (found["needles_exact"], found["n"], found["later_exact"]) == (3, 9, 0) and found["beats_random"]
     assert not averaged([row("SnapKV", 0, (0.4, 1.0)), row("SnapKV", 1, (0.7,))], chance, ALL)["beats_random"]
+    turns = averaged([row("SnapKV", 0, (0.4,)), row("SnapKV", 1, (0.7,), turns_exact=[2], turns_logprob=[-1.0])], chance, ALL)
+    assert (turns["turns_exact"], turns["turns_exact_n"], turns["turns_logprob"]) == (2, 3, -1.0)
 
 
 def test_answers_count_where_the_full_cache_knows_them():
@@ -164,6 +169,33 @@ def test_a_batch_is_measured_as_its_texts_alone(policy):
         np.testing.assert_allclose(quality.logprob, expected.logprob, atol=1e-3)
         np.testing.assert_allclose(quality.nll, expected.nll, atol=1e-3)
         np.testing.assert_allclose([p for _, p in later], [p for _, p in alone.later(setup)[0]], atol=1e-3)
+
+
+@pytest.mark.parametrize("policy", [SNAPKV, H2O], ids=["SnapKV", "H2O"])
+def test_questions_asked_in_turns_stand_behind_their_answers(policy):
+    """A turn is a question of its own whose prompt is all that was said before it; the first is one asked later."""
+    m = Model(tiny.CFG, tiny.params(), None, Precision("float32", "float32", "float32"), "tiny")
+    rng = np.random.default_rng(1)
+    ids = lambda n: tuple(rng.integers(0, tiny.CFG.V, n).tolist())  # noqa: E731
+    texts = [Encoded(ids(48), (ids(4), ids(3)), (ids(2), ids(n)), ids(9), ()) for n in (5, 2)]
+    setup = Setup(policy)
+    turns = Reader(m, *texts, evidence=policy.needs()).turns(setup)
+    for text, got in zip(texts, turns, strict=True):
+        (a, b), (x, y) = text.questions, text.answers
+        alone = Reader(m, dataclasses.replace(text, questions=(a, (*a, *x, *b)), answers=(x, y)))
+        np.testing.assert_allclose([p for _, p in got], [p for _, p in alone.later(setup)[0]], atol=1e-3)
+
+
+def test_what_a_sparse_prefill_reads_is_counted():
+    """A-shape's blocks, by the definition: the sinks' and the window's, of those up to a query's own."""
+    m = Model(tiny.CFG, tiny.params(), None, Precision("float32", "float32", "float32"), "tiny")
+    tokens, length = tiny.padded(tiny.prompts())
+    whole = pattern_read(m, sparse.a_shape(sinks=16, window=1 << 20, block=16), tokens, length)
+    few = pattern_read(m, sparse.a_shape(sinks=16, window=16, block=16), tokens, length)
+    blocks = [-(-n // 16) for n in tiny.LENGTHS]
+    read = sum(len({0, max(q - 1, 0), q}) for n in blocks for q in range(n))
+    assert whole == 1.0 and few == pytest.approx(read / sum(q + 1 for n in blocks for q in range(n)))
+    assert pattern_read(m, kv.cacheblend(16), tokens, length) is None
 
 
 def test_answers_of_one_token_are_read_from_the_prompt():

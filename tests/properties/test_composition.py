@@ -85,10 +85,11 @@ def test_sampled_combinations_equal_plain(kv, cut, decode):
 
 @pytest.mark.xdist_group("Full")
 def test_sampled_text_depends_on_seed_and_row_alone():
-    """The same tokens whatever the batch mates, the chunks and the drafts; another seed gives others."""
+    """The same tokens whatever the batch mates, the padding, the chunks and the drafts; another seed gives others."""
     text = tiny.text(runs.generate(how=SAMPLING))
     assert tiny.text(runs.generate(how=SAMPLING, decode="TokenRecycling")) == text
     assert tiny.text(runs.generate(how=SAMPLING, form="chunked")) == text
     assert tiny.text(runs.generate(how=SAMPLING, form="swapped", rows=(1, 0))) == text[::-1]
+    assert tiny.text(runs.generate(how=SAMPLING, form="single", rows=(1,))) == text[1:], "without the padding of a longer mate"
     assert tiny.text(runs.generate(how=SAMPLING, seed=1)) != text
     assert text != tiny.text(runs.decoded())

@@ -13,9 +13,11 @@ from runs import listed, method, part, steps
 
 from tokeff.context import Compressed, from_json, to_json
 from tokeff.errors import UserError
+from tokeff.evals.comparison import Line, budget_of
 from tokeff.evals.cost import dense_bytes
 from tokeff.generation import Setup
 from tokeff.kv.budget import most_rows
+from tokeff.kv.classes import ByClass
 from tokeff.kv.extend import pack
 from tokeff.kv.policy import tree_bytes
 from tokeff.kv.shadow import ShadowKV
@@ -24,6 +26,16 @@ from tokeff.models.load import fingerprint
 
 pytestmark = pytest.mark.core
 ATOL = 5e-4  # two float32 passes of other shapes, logits up to 12
+
+
+def budgeted(m) -> bool:
+    """Whether it has a budget, of all heads or of some."""
+    return "budget" in tiny.settings(m)
+
+
+def whole_heads(policy, layer: int) -> tuple[int, ...]:
+    """The kv heads of a layer that keep everything, whatever the budget of the others."""
+    return policy.of(layer) if isinstance(policy, ByClass) else ()
 
 
 def rows_kept(name: str):
@@ -60,7 +72,7 @@ def test_finer_settings_come_closer_to_dense(name):
     assert errors == sorted(errors, reverse=True) and errors[-1] < errors[0] / 2, errors
 
 
-@pytest.mark.parametrize("name", listed("kv", "cut", where=lambda m: m.budgeted_by or m.converges))
+@pytest.mark.parametrize("name", listed("kv", "cut", where=lambda m: budgeted(m) or m.converges))
 def test_active(name):
     """A budget below 1 that holds and reads 99% of the rows did nothing."""
     policy, packed = runs.holding(name), steps(name).packed
@@ -69,18 +81,22 @@ def test_active(name):
     read = sum(policy.bytes_read(layer, Here(i, tiny.CFG)) for i, layer in enumerate(packed)) / tree_bytes(full)
     assert min(held, read) < 0.99, f"held {held:.2f}, read {read:.2f} of dense"
     assert {"held": held, "read": read}[method(name).budgeted_by or "held"] < 0.99
+    if budgeted(method(name)):  # what a comparison goes by, which refuses rows that do nothing
+        assert budget_of(Line(name, **part(name))) == pytest.approx(tiny.settings(method(name))["budget"])
 
 
-@pytest.mark.parametrize("name", listed("kv", "cut", where=lambda m: m.budgeted_by == "held"))
+@pytest.mark.parametrize("name", listed("kv", "cut", where=lambda m: budgeted(m) and m.budgeted_by != "read"))
 def test_rows_and_bytes_stay_within_budget(name):
-    """Prompt rows kept never exceed the share, summed over what the budget is a mean of: the heads of a layer, or of the model. An
-    evicting policy holds the total to it throughout."""
+    """Prompt rows kept never exceed the share, summed over what the budget is a mean of: the heads of a layer that it is for, or of the
+    model. An evicting policy holds the total to it throughout."""
     policy = runs.holding(name)
     given = runs.prompt_of(name, "small").next_B.tolist()
     evicts, whole = policy.vacancy(steps(name).packed[0]) is not None, policy.span == "model"
     totals = {}
-    for i, b, _, history in rows_kept(name):
+    for i, b, h, history in rows_kept(name):
         assert all(len(set(orders)) == len(orders) for orders in history), "a row is kept twice"
+        if h in whole_heads(policy, i):
+            continue
         for t, orders in enumerate(history):
             counted = orders if evicts else [o for o in orders if o < given[b]]
             at = (t, tiny.CFG.L - 1 if whole else i, b)
@@ -89,21 +105,24 @@ def test_rows_and_bytes_stay_within_budget(name):
     budget = tiny.settings(method(name))["budget"]
     for (t, i, b), rows in totals.items():
         if i > above:  # layers up to a pass hold the whole prompt
-            heads = tiny.CFG.K * (tiny.CFG.L if whole else 1)
+            heads = (tiny.CFG.K - len(whole_heads(policy, i))) * (tiny.CFG.L if whole else 1)
             assert rows <= heads * most_rows(budget, tiny.LENGTHS[b]), f"step {t}, layer {i}, sequence {b}"
 
 
-@pytest.mark.parametrize("name", listed("kv", where=lambda m: m.budgeted_by == "held"))
+@pytest.mark.parametrize("name", listed("kv", where=lambda m: budgeted(m) and m.budgeted_by != "read"))
 def test_bytes_held_are_the_budget_and_what_is_stated(name):
-    """Keys and values of the budget, of the rows to come, and of at most a page a head and the rest of a tile of 8 rows; then 4-byte
-    orders, statistics and tables."""
+    """Keys and values of the budget (of all rows in heads that keep them), of the rows to come, and of at most a page a head and the rest
+    of a tile of 8 rows; then 4-byte orders, statistics and tables."""
     policy, packed = part(name)["kv"], steps(name).packed
     share = most_rows(tiny.settings(method(name))["budget"], tiny.LENGTHS[0])
     rows = share + (tiny.NEW if policy.vacancy(packed[0]) is None else 0) + getattr(policy, "page", 0) + 7
-    stated = dense_bytes(tiny.CFG, rows, "float32") * len(tiny.LENGTHS)
+    all_rows, heads = tiny.LENGTHS[0] + tiny.NEW + 7, tiny.CFG.L * tiny.CFG.K
+    kept_whole = sum(len(whole_heads(policy, i)) for i in range(tiny.CFG.L))
+    slots = kept_whole * all_rows + (heads - kept_whole) * rows
+    stated = dense_bytes(tiny.CFG, slots, "float32") * len(tiny.LENGTHS) // heads
     kv = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(packed) if x.shape[-1] == tiny.CFG.H and x.ndim == 4)
     assert kv <= stated
-    small = 4 * 3 * tiny.CFG.L * tiny.CFG.K * (rows + 8) * len(tiny.LENGTHS)
+    small = 4 * 3 * (slots + 8 * heads) * len(tiny.LENGTHS)
     assert tree_bytes(packed) <= stated + small
 
 
@@ -154,10 +173,11 @@ def test_chunked_equals_one_shot_or_is_refused(name):
 
 @pytest.mark.parametrize("name", listed())
 def test_equal_settings_compile_once(name):
-    """Equal, hashable, printable: a second object with the same settings finds the compiled code of the first."""
+    """Equal, hashable, printable: a second object with the same settings finds the compiled code of the first, in the prompt that it acts
+    on, in packing and in decoding."""
     (first,), (again,) = part(name).values(), part(name).values()
     assert first == again and hash(first) == hash(again) and first is not again and repr(first) == repr(again)
-    args = runs.under(name)
+    args = runs.under(name) | ({"read": runs.prefilled} if method(name).part in ("cut", "prefill") else {})
     before = tiny.text(runs.generate(**args))  # anew: its programs may have been dropped since they were compiled
     programs = runs.programs()
     assert tiny.text(runs.generate(**args)) == before

@@ -1,9 +1,9 @@
 """docs/compatibility.md is what the parts say, and what it calls possible runs: finite numbers, no row twice, the newest row read, within
 the budget.
 
-Other tests run some pairs for every method: a pass and drafts in test_composition.py, chunks in test_every_method.py, a mesh in
-tests/sharding, host memory in tests/kv/test_host.py. The rest runs here: behind a pattern, a blend and bounded reading with the programs
-that decode an ordinary prompt; as a part of another policy in one layer.
+Other tests run some pairs for every method: a pass and drafts in test_composition.py, chunks in test_every_method.py, host memory in
+tests/kv/test_host.py. The rest runs here: behind a pattern, a blend and bounded reading with the programs that decode an ordinary prompt,
+with one partner of a kind every day and with the others in `make proofs`; as a part of another policy in one layer.
 """
 
 import sys
@@ -72,11 +72,20 @@ def test_reasons_are_one_line(name):
 # -- a prompt that came into being in another way
 
 
+DAILY = {"pattern": "AShape", "blend": "CacheBlend", "pass": runs.UNDER_ALL}  # the partner that every policy has every day
+
+
 @cache
-def made(kind: str) -> Prompt:
+def made(kind: str, partner: str | None = None) -> Prompt:
     """A prompt of this kind of prefill, whose last 6 rows read everything, with what the policies that it goes with want to know."""
-    pattern = runs.part({"pattern": "AShape", "blend": "CacheBlend"}[kind])["prefill"]
+    pattern = runs.part(partner or DAILY[kind])["prefill"]
     return tiny.read(tiny.FULL, evidence=wanted(lambda name: cell(name, kind).change is not None), pattern=replace(pattern, dense=6))
+
+
+def others(kind: str) -> list[str]:
+    """The listed partners of a kind that are not the daily one."""
+    found = {"pattern": matrix().PATTERNS, "blend": matrix().BLENDS, "pass": matrix().PASSES}[kind]
+    return [m.name for m in found if m.name != DAILY[kind]]
 
 
 def wanted(by) -> tuple[Evidence, ...]:
@@ -97,6 +106,36 @@ def test_a_prompt_read_in_another_way_decodes(name, kind):
     ((logits, layers),) = tiny.forced(policy, packed, prompt, runs.GIVEN[:, :1])
     assert np.isfinite(logits).all()
     runs.check_rows(policy, layers, tiny.LENGTHS)
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("name", listed("kv"))
+@pytest.mark.parametrize(("kind", "partner"), [(kind, partner) for kind in ("pattern", "blend") for partner in others(kind)])
+def test_behind_every_other_prefill(name, kind, partner):
+    """One token behind the prompt that it read."""
+    found = joined(name, kind)
+    if found:
+        return runs.check_policy(found[0].kv, made(kind, partner), where(found[0].kv))
+    assert cell(name, kind).reason
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("name", listed("kv"))
+@pytest.mark.parametrize("partner", others("pass"))
+def test_over_every_other_pass(name, partner):
+    """One token over the rows that it let through."""
+    found = dict(zip([m.name for m in matrix().PASSES], joined(name, "pass"), strict=True))
+    runs.check_policy(found[partner].kv, passed(found[partner].cut), where(found[partner].kv))
+
+
+@cache
+def passed(cut) -> Prompt:
+    return tiny.read(tiny.FULL, evidence=wanted(lambda name: cell(name, "pass").change is not None), cut=cut)
+
+
+def where(policy) -> tuple[int, ...]:
+    """The last layer, and the one that chooses for it."""
+    return (2,) if getattr(policy, "select", None) is None else (1, 2)
 
 
 # -- one layer: parts of other policies

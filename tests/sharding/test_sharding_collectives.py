@@ -35,7 +35,7 @@ EXTRA = {
     "InfLLM": LAYERS - 1,  # blocks are worth a sum over all heads, in every layer but the dense one
     "HiP": 1,  # does any sequence choose anew?
     "LServe": 1,
-    "Recycled": 1,
+    "RecycledAttention": 1,
     "SpAttenHeads": 6 * (LAYERS - 1),  # which heads are left of a layer, their queries, keys and values to where these lie, and back
     "FFN-SkipLLM": 2,  # may all rows go without? in each layer between the cold ones
     "TokenRecycling": 2,  # the best successors of each part of the vocabulary: values and indices

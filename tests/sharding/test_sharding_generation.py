@@ -23,6 +23,9 @@ EVICTING = "H2O+PromptLookup"  # drafts under eviction, with attention mass
 CROSSING = "AdaKV+TokenRecycling"  # pages that cross heads, tree drafts, a table per sequence
 TOLERANCE = {"TransMLA": 5e-3, "ShadowKV": 2e-3}  # rounding tilts what is cut off where two eigenvalues are close
 MESHES = [(4, 8, 1), (8, 8, 1), (8, 4, 2), (4, 4, 2), (4, 2, 4), (4, 1, 8), (8, 1, 8)]  # kv heads, data, model; 8, 2, 4 has all methods
+FIRST = ("StreamingLLM", "H2O", "SnapKV", "TidalDecode", "ShadowKV", "AdaKV", "GemFilter", "PromptDistill")
+DAILY = (("SnapKV", 8, 4, 2), ("GemFilter", 4, 2, 4), ("TidalDecode", 4, 1, 8))
+PROOF = (pytest.mark.proof,)
 
 
 def fixed(tree):
@@ -59,6 +62,22 @@ def test_every_method(name):
     check_equal(8, name, sharded.placed(8, 2, 4))
     drafts = sharded.setup(name).decode.nodes > 1 and name != "ADED"
     assert not drafts or int(sharded.unsharded(8, name)[1].passes_B.min()) < sharded.NEW - 1
+
+
+def on_every_mesh() -> list:
+    """Each of FIRST on each of MESHES: a few every day, all in `make proofs`."""
+    return [
+        pytest.param(
+            name, *mesh, marks=(pytest.mark.xdist_group(f"sharded {sharded.going_on(name)}"), *(() if (name, *mesh) in DAILY else PROOF))
+        )
+        for name in FIRST for mesh in MESHES
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "K", "data", "model"), on_every_mesh())
+def test_the_first_methods_on_every_mesh(name, K, data, model):
+    """With 4 and 8 kv heads; on 2 x 4 with 8 they are in `test_every_method`."""
+    check_equal(K, name, sharded.placed(K, data, model))
 
 
 @pytest.mark.xdist_group(f"sharded {CROSSING}")

@@ -29,8 +29,9 @@ def prefill(model, press, context):
 
 
 def decode(model, cache, token, rows, context, tokens):
-    """Seconds of so many greedy tokens behind a compressed prompt."""
-    cache.crop(rows)
+    """Seconds of so many greedy tokens behind a compressed prompt, of which each layer holds so many rows."""
+    for layer, n in zip(cache.layers, rows, strict=True):
+        layer.crop(n)
     start = time.perf_counter()
     for place in range(context, context + tokens):
         at = torch.tensor([[place]])
@@ -47,7 +48,7 @@ def answer(model, kept, ask):
     key = json.dumps([press, context])
     if key not in kept:
         _, cache, token = prefill(model, press, context)
-        kept[key] = cache, token, cache.get_seq_length()
+        kept[key] = cache, token, [layer.get_seq_length() for layer in cache.layers]
     cache, token, rows = kept[key]
     return decode(model, cache, token, rows, context, ask["tokens"])
 

@@ -37,6 +37,8 @@ PRESSES: dict[str, tuple[str, dict[str, str]]] = {
     "ExpectedAttention": ("ExpectedAttentionPress", {"n_future_positions": "future", "n_sink": "sinks", "epsilon": "floor"}),
     "TOVA": ("TOVAPress", {}),
     "StreamingLLM": ("StreamingLLMPress", {"n_sink": "sinks"}),
+    "LagKV": ("LagKVPress", {"lag_size": "lag", "n_sink": "sinks"}),
+    "PyramidKV": ("PyramidKVPress", {"window_size": "window", "kernel_size": "kernel"}),
 }
 SHOWN = (
     "method", "context", "seconds", "kvpress_seconds", "prefill_of_kvpress", "tokens_per_s", "kvpress_tokens_per_s", "decode_of_kvpress",

@@ -9,8 +9,8 @@ import numpy as np
 from tokeff.data import tasks
 from tokeff.data.haystack import encoder
 from tokeff.errors import UserError
-from tokeff.evals.fidelity import RANKED_AT, Reader, encode_example
-from tokeff.evals.stats import Interval, bootstrap_mean, mean, proportion
+from tokeff.evals.fidelity import Reader, encode_example
+from tokeff.evals.stats import RANKED_AT, Interval, bootstrap_mean, mean, proportion
 from tokeff.generation import Setup
 from tokeff.kv.policy import Full, Policy
 from tokeff.models.load import Model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 import jax
@@ -22,7 +22,7 @@ from tokeff.evals.stats import better_than, mean
 from tokeff.experiment import Experiment, Row
 from tokeff.generation import Setup
 from tokeff.kv.bounded import check_bounded
-from tokeff.kv.budget import AtLeast
+from tokeff.kv.budget import AtLeast, Budget
 from tokeff.kv.policy import Full, Policy
 from tokeff.kv.prefill import Prompt
 from tokeff.listing import Method, find
@@ -34,6 +34,7 @@ from tokeff.report.kept import Kept
 from tokeff.sparse.pattern import Pattern
 
 BASE, CHANCE = "Full", "Random"
+ALIKE = 1.1  # so many times the bytes of random rows may a method use that is said to beat them
 
 
 @dataclass(frozen=True)
@@ -167,6 +168,12 @@ class Comparison(Experiment):
         figures = speed(context, row, int(length), self.new, pictures=not only)
         return figures if only else figures | quality(context, row, int(length), self.rows)
 
+    def summary(self, rows: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
+        """As measured, but that only rows of about as many bytes as random ones can beat these."""
+        chance = {row["context"]: row for row in rows if row["method"] == CHANCE}
+        unlike = [row for row in rows if row["context"] in chance and not comparable([row], [chance[row["context"]]])]
+        return [{k: v for k, v in row.items() if k != "beats_random"} if row in unlike else row for row in rows]
+
     def report(self) -> tuple[Figure, ...]:
         return (
             Scatter("held", "kl", "Distance from the full cache against bytes held", log_y=True),
@@ -224,11 +231,23 @@ def timed_prefill(reader: Reader, setup: Setup) -> tuple[Prompt, float]:
 
 
 def budget_of(row: Line) -> float | None:
-    for part in (row.cut, row.kv, getattr(row.kv, "rule", None)):
-        budget = getattr(part, "budget", None)
-        if budget is not None:
-            return float(budget.share if isinstance(budget, AtLeast) else budget)
-    return None
+    """The budget of its pass, or of its policy or one inside that (the rule of what is coded, the heads that do not keep everything)."""
+    budget = next((b for part in (row.cut, row.kv) if (b := budget_in(part)) is not None), None)
+    return None if budget is None else float(budget.share if isinstance(budget, AtLeast) else budget)
+
+
+def budget_in(part: Any) -> Budget | AtLeast | None:
+    if (own := getattr(part, "budget", None)) is not None or not is_dataclass(part):
+        return own
+    inside = (getattr(part, f.name) for f in fields(part))
+    return next((b for x in inside if isinstance(x, Policy) and (b := budget_in(x)) is not None), None)
+
+
+def comparable(rows: Sequence[dict[str, Any]], chance: Sequence[dict[str, Any]]) -> bool:
+    """Whether a method uses about as many bytes as random rows do, of the kind that it is budgeted by."""
+    kind = rows[0].get("budgeted_by") or "held"
+    mine, theirs = (float(np.mean([row[kind] for row in some])) for some in (rows, chance))
+    return mine <= theirs * ALIKE
 
 
 def kept(m: Model, text: Encoded, prompt: Prompt, setup: Setup, layers) -> Kept:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import jax
@@ -14,10 +14,11 @@ from tokeff.decode.loop import Decoding, run
 from tokeff.generation import Setup, decoding, new_tokens
 from tokeff.kv.extend import pack
 from tokeff.kv.policy import tree_bytes
-from tokeff.kv.prefill import Prompt
+from tokeff.kv.prefill import Prompt, prefill
 from tokeff.models.config import Config
-from tokeff.models.flow import Here
+from tokeff.models.flow import EMPTY, Here
 from tokeff.models.load import Model
+from tokeff.sparse.pattern import Pattern, own_blocks
 
 
 def dense_bytes(cfg: Config, rows: int, dtype: str) -> int:
@@ -72,6 +73,31 @@ def cost(m: Model, prompt: Prompt, setup: Setup, new: int, runs: int = 1) -> tup
     base = dense_bytes(cfg, int(prompt.length_B[0]), m.precision.cache)
     ratios = Ratios(tree_bytes((layers, end.drafter)) / base, read_bytes(setup, layers, cfg) / base, peak_bytes(program, m.params) / base)
     return ratios, Timing(new_tokens(end)[0], int(end.passes_B[0]), min(s for s, _ in ends)), layers
+
+
+def pattern_read(m: Model, pattern: Pattern, tokens_BT: jax.Array, length_B: jax.Array) -> float | None:
+    """Rows that a sparse prefill's blocks of queries read / those before them, over all layers and heads of this prompt: counted while it
+    is read, since a pattern may choose by what the rows hold. None for one that makes its rows in another way than by reading blocks."""
+    if pattern.own_pass:
+        return None
+    kind, counted = type(pattern), np.zeros(2)
+
+    def choose(self, rows, here):
+        reading, R = kind.choose(self, rows, here), pattern.block
+        before_Q = (own_blocks(rows, R) + 1) * R
+        alone = 0 if reading.row_BKM is None else (reading.row_BKM != EMPTY).sum(axis=-1)[..., None]
+        read = jnp.minimum(reading.count_BKQ * R + alone, before_Q)
+        real = jnp.arange(read.shape[-1]) * R + rows.first < rows.length_B[:, None, None]
+        jax.debug.callback(add, jnp.where(real, read, 0).sum(), jnp.where(real, before_Q, 0).sum() * read.shape[1])
+        return reading
+
+    def add(*more):
+        counted[:] += np.asarray(more, np.float64)
+
+    watched = type(kind.__name__, (kind,), {"choose": choose})(**{f.name: getattr(pattern, f.name) for f in fields(pattern)})
+    jax.block_until_ready(prefill(m.params, m.cfg, tokens_BT, length_B, dtype=m.precision.cache, pattern=watched))
+    jax.effects_barrier()
+    return float(counted[0] / counted[1])
 
 
 def _timed(program, params, s: Decoding, steps) -> tuple[float, Decoding]:

@@ -25,8 +25,6 @@ from tokeff.kv.prefill import Prompt, prefill
 from tokeff.models.load import Model
 from tokeff.sharding import beside
 
-RANKED_AT = 0.8  # a task ranks by exact match only where the full cache gets this share right
-
 
 @dataclass(frozen=True)
 class Encoded:
@@ -203,6 +201,21 @@ class Reader:
             logits = np.asarray(self._extend(layers, jnp.repeat(prompt.next_B, n), setup, [(*q, *a[:-1]) for q, a in asked]))
         found = [given(x[len(q) - 1 : len(q) + len(a) - 1], a) for x, (q, a) in zip(logits, asked, strict=True)]
         return [found[b * n : (b + 1) * n] for b in range(len(self.texts))]
+
+    def turns(self, setup: Setup) -> list[list[tuple[float, float]]]:
+        """As `later`, but of one cache a text: every question is asked behind the questions before it and the right answers to these."""
+        if not self.text.answers:
+            return [[] for _ in self.texts]
+        asked = [list(zip(text.questions, text.answers, strict=True)) for text in self.texts]
+        said = [tuple(t for q, a in pairs for t in (*q, *a))[:-1] for pairs in asked]
+        with beside(self.m.params):
+            layers = pack(setup.kv, self.context(setup).layers, setup.room(max(map(len, said)) + 1), self.m.cfg)
+            logits = np.asarray(self._extend(layers, self.context(setup).next_B, setup, said))
+        found = []
+        for b, pairs in enumerate(asked):
+            ends = np.cumsum([len(q) + len(a) for q, a in pairs])
+            found.append([given(logits[b, end - len(a) - 1 : end - 1], a) for end, (_, a) in zip(ends, pairs, strict=True)])
+        return found
 
 
 def snug(ids: Sequence[Sequence[int]]) -> tuple[jax.Array, jax.Array]:

@@ -16,11 +16,11 @@ from tokeff.compat import forget_programs
 from tokeff.data import tasks
 from tokeff.data.haystack import encoder
 from tokeff.errors import UserError
-from tokeff.evals.comparison import BASE, CHANCE, Line, budget_of, compile_cache, fitting, line, settled
-from tokeff.evals.cost import dense_bytes, read_bytes
+from tokeff.evals.comparison import BASE, CHANCE, Line, budget_of, comparable, compile_cache, fitting, line, settled
+from tokeff.evals.cost import dense_bytes, pattern_read, read_bytes
 from tokeff.evals.crossover import longest
-from tokeff.evals.fidelity import RANKED_AT, Encoded, Quality, Reader, encode_example
-from tokeff.evals.stats import Interval, bootstrap_mean, mean, paired_difference
+from tokeff.evals.fidelity import Encoded, Quality, Reader, encode_example
+from tokeff.evals.stats import RANKED_AT, Interval, bootstrap_mean, mean, paired_difference
 from tokeff.experiment import Experiment
 from tokeff.generation import Setup
 from tokeff.kv.bounded import check_bounded
@@ -30,8 +30,6 @@ from tokeff.listing import Method, find
 from tokeff.models.load import Model, load
 from tokeff.report.figures import Curves, Figure, Scatter
 from tokeff.report.folder import RunFolder
-
-ALIKE = 1.1  # so many times the bytes of random rows may a method use that is said to beat them
 
 
 def entries(methods: Sequence[Method], budgets: Sequence[float]) -> tuple[Line, ...]:
@@ -52,6 +50,8 @@ class Batch:
     seed: int = 0
     ahead: int = 64
     """Tokens of the text's continuation on which loss and divergence are measured."""
+    turns: bool = False
+    """Whether the questions are also asked one after another, each behind the right answers to those before it."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,7 @@ class Leaderboard(Experiment):
             Scatter("of_dense", "kl", "Distance from the full cache against speed, dense decoding = 1", log_y=True),
             Curves("held", "answer_logprob", "Log-likelihood of the right answer against bytes held, question known", high=True),
             Curves("held", "later_logprob", "The same, question asked after the context was compressed", high=True),
+            Curves("held", "turns_logprob", "The same, questions asked one after another, with their answers between them", high=True),
         )
 
 
@@ -148,7 +149,7 @@ class Shelf:
             made = [tasks.make(batch.task, batch.seed + i, batch.length, encoder(self.m.tok)) for i in range(batch.n)]
             wanted = tuple(dict.fromkeys(kind for row in self.experiment.rows for kind in row.kv.needs() if row.setup == Setup(row.kv)))
             reader = Reader(self.m, *(ahead(encode_example(self.m, example), batch.ahead) for example in made), evidence=wanted)
-            self.batch, self.texts = batch, Texts(self.m, reader)
+            self.batch, self.texts = batch, Texts(self.m, reader, batch.turns)
         return self.texts
 
 
@@ -163,6 +164,7 @@ class Texts:
 
     m: Model
     reader: Reader
+    turns: bool = False
     full: list[Quality] = field(default_factory=list)
 
     def base(self) -> list[Quality]:
@@ -174,11 +176,12 @@ class Texts:
         """Quality and bytes of one row on these texts; what differs by text is a list."""
         setup, listed, base = row.setup.fit(self.m), find(row.method), self.base()
         mine = base if setup == Setup() else self.reader.qualities(setup)
-        later = self.reader.later(setup) if setup.cut is None and self.reader.text.answers else None
+        whole = setup.cut is None and bool(self.reader.text.answers)
+        later, turns = (ask(setup) if do else None for ask, do in ((self.reader.later, whole), (self.reader.turns, whole and self.turns)))
         prompt = self.reader.context(setup)
         layers = pack(setup.kv, prompt.layers, setup.room(len(self.reader.text.held_out)), self.m.cfg)
-        whole = dense_bytes(self.m.cfg, int(prompt.length_B.sum()), self.m.precision.cache)
-        held, read = tree_bytes(layers) / whole, read_bytes(setup, layers, self.m.cfg) / whole
+        dense = dense_bytes(self.m.cfg, int(prompt.length_B.sum()), self.m.precision.cache)
+        held, read = tree_bytes(layers) / dense, read_bytes(setup, layers, self.m.cfg) / dense
         if min(held, read) >= 0.99 and (budget_of(row) or 1.0) < 1:
             raise UserError(f"{row.method} held and read everything at a budget of {budget_of(row)}; its settings are inactive here")
         return {
@@ -186,12 +189,20 @@ class Texts:
             "calibrated": row.calibrated, "budget": budget_of(row), "held": held, "read": read, "exact": [int(q.exact.sum()) for q in mine],
             "full_exact": [int(q.exact.sum()) for q in base], "asked": [len(q.exact) for q in mine],
             "answer_logprob": [float(q.logprob.mean()) if len(q.logprob) else None for q in mine],
-            "later_exact": [int(sum(e for e, _ in of)) for of in later] if later else None,
-            "later_logprob": [float(np.mean([p for _, p in of])) if of else None for of in later] if later else None,
+            **asked_later("later", later), **asked_later("turns", turns),
+            "prefill_read": setup.prefill and pattern_read(self.m, setup.prefill, prompt.tokens_BT, prompt.length_B),
             "loss": [float(q.nll.mean()) for q in mine],
             "kl": [float(q.kl(b).mean()) for q, b in zip(mine, base, strict=True)],
             "top1_agree": [float(q.top1(b).mean()) for q, b in zip(mine, base, strict=True)],
         }  # fmt: skip
+
+
+def asked_later(name: str, texts: list[list[tuple[float, float]]] | None) -> dict[str, Any]:
+    """Of each text how many answers are right, and their mean log-probability; None where nothing was asked."""
+    if not texts:
+        return {f"{name}_exact": None, f"{name}_logprob": None}
+    exact = [int(sum(e for e, _ in of)) for of in texts]
+    return {f"{name}_exact": exact, f"{name}_logprob": [float(np.mean([p for _, p in of])) if of else None for of in texts]}
 
 
 def timed(folder: str | None) -> dict[tuple[str, float | None], dict[str, Any]]:
@@ -216,6 +227,8 @@ def averaged(rows: list[dict[str, Any]], chance: list[dict[str, Any]] | None, ma
     found = {name: rows[0][name] for name in keep if name in rows[0]}
     found |= {name: float(np.mean([row[name] for row in rows])) for name in ("held", "read")}
     found |= {"commits": sorted({row.get("commit") or "" for row in rows}), "dirty": any(row.get("dirty") for row in rows)}
+    if rows[0].get("prefill_read") is not None:
+        found["prefill_read"] = float(np.mean([row["prefill_read"] for row in rows]))
     found |= {"measured_s": sum(row.get("measured_s") or 0 for row in rows), "top1_agree": float(np.mean(flat(rows, "top1_agree")))}
     found |= means(rows, "kl") | means(rows, "loss") | answers([row for row in rows if (row["task"], row["context"]) in mastered])
     found |= means([row for row in rows if (row["task"], row["context"]) not in mastered], "answer_logprob", "hard_logprob")
@@ -232,8 +245,10 @@ def answers(rows: list[dict[str, Any]]) -> dict[str, Any]:
     if not sum(flat(rows, "asked")):
         return {}
     found = {"needles_exact": sum(flat(rows, "exact")), "n": sum(flat(rows, "asked")), "full_exact": sum(flat(rows, "full_exact"))}
-    if asked := [row for row in rows if row.get("later_exact") is not None]:  # not of a pass
-        found |= {"later_exact": sum(flat(asked, "later_exact")), "later_logprob": float(np.mean(flat(asked, "later_logprob")))}
+    for name in ("later", "turns"):  # not of a pass; in turns on some texts only
+        if asked := [row for row in rows if row.get(f"{name}_exact") is not None]:
+            exact, n = sum(flat(asked, f"{name}_exact")), sum(flat(asked, "asked"))
+            found |= {f"{name}_exact": exact, f"{name}_exact_n": n, f"{name}_logprob": float(np.mean(flat(asked, f"{name}_logprob")))}
     return found | means(rows, "answer_logprob")
 
 
@@ -244,13 +259,6 @@ def means(rows: list[dict[str, Any]], name: str, called: str = "") -> dict[str, 
     value, called = over_texts(values), called or name
     ends = {f"{called}_lo": value.low, f"{called}_hi": value.high, f"{called}_n": value.n} if value.n > 1 else {}
     return {called: value.value} | ends
-
-
-def comparable(rows: list[dict[str, Any]], chance: list[dict[str, Any]]) -> bool:
-    """Whether a method uses about as many bytes as random rows do, of the kind that it is budgeted by."""
-    kind = rows[0].get("budgeted_by") or "held"
-    mine, theirs = (float(np.mean([row[kind] for row in some])) for some in (rows, chance))
-    return mine <= theirs * ALIKE
 
 
 def flat(rows: list[dict[str, Any]], name: str) -> list[Any]:

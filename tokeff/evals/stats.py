@@ -12,6 +12,7 @@ import numpy as np
 from scipy import stats
 
 LEVEL = 0.95
+RANKED_AT = 0.8  # a task ranks by exact match only where the full cache gets this share right
 _RESAMPLES = 9999
 Rows = Sequence[float] | Sequence[bool] | np.ndarray
 

@@ -7,8 +7,10 @@ from tokeff.report import environment
 from tokeff.report.folder import RunFolder, first_difference
 from tokeff.report.table import COLUMNS, MISSING, Column, Table, clean, interval, number, one
 
-NAMES = ("needles_exact", "answer_logprob", "later_exact", "later_logprob", "loss", "kl", "top1_agree", "held", "read", "peak", "prefill_s",
-         "decode_tok_s", "tokens_per_pass")  # fmt: skip
+NAMES = (
+    "needles_exact", "answer_logprob", "later_exact", "later_logprob", "turns_exact", "turns_logprob", "loss", "kl", "top1_agree",
+    "held", "read", "peak", "prefill_s", "decode_tok_s", "tokens_per_pass",
+)  # fmt: skip
 APART = "≠"
 
 

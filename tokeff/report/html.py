@@ -2,11 +2,13 @@
 
 import base64
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import jinja2
 
+from tokeff.evals.stats import RANKED_AT
 from tokeff.report import kept as kept_file
 from tokeff.report.folder import RunFolder
 from tokeff.report.kept import Kept
@@ -93,7 +95,7 @@ def facts(rows: Sequence[dict[str, Any]]) -> list[Fact]:
     rows = [row for row in rows if number(row.get("context")) == number(most.get("context"))]
     full = next((row for row in rows if is_method(row, "full")), {})
     compared = [row for row in rows if row.get("family") != "baseline"]
-    found = [_full(full), _closest(compared), _smallest(compared), _fastest(compared, full), _weak(compared), *_drafts(compared)]
+    found = [_full(full), _closest(compared), _smallest(compared, full), _fastest(compared, full), _weak(compared), *_drafts(compared)]
     return [fact for fact in found if fact is not None]
 
 
@@ -122,8 +124,10 @@ def _closest(rows: Sequence[dict[str, Any]]) -> Fact | None:
     return Fact(clean(best["method"]), "closest to the full cache of the lossy methods within budget", detail)
 
 
-def _smallest(rows: Sequence[dict[str, Any]]) -> Fact | None:
-    """Return the row that answered every needle while holding the fewest bytes."""
+def _smallest(rows: Sequence[dict[str, Any]], full: dict[str, Any]) -> Fact | None:
+    """Return the row that answered every needle while holding the fewest bytes, where the full cache answers enough to rank by that."""
+    if (number(full.get("needles_exact")) or 0.0) < RANKED_AT * (number(full.get("n")) or math.inf):
+        return None
     every = [row for row in rows if number(row.get("n")) and number(row.get("needles_exact")) == number(row.get("n"))]
     best = _least([row for row in every if (number(row.get("held")) or 1.0) < 0.99], "held")
     if best is None:

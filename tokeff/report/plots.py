@@ -36,6 +36,7 @@ AXES = {
     "loss": "loss on held-out text, nats a token (lower is better)",
     "answer_logprob": "log-likelihood of the right answer (higher is better)",
     "later_logprob": "log-likelihood of the right answer, asked later (higher is better)",
+    "turns_logprob": "log-likelihood of the right answer, asked in turns (higher is better)",
     "top1_agree": "next token agrees with the full cache (higher is better)",
     "decode_tok_s": "tokens decoded a second",
     "tokens_per_pass": "tokens committed by one forward pass",

@@ -94,7 +94,7 @@ def one(value: float, name: str) -> str:
     """Write one bare value of a column: ratios as percentages, counts whole."""
     if name in ("held", "read", "peak", "top1_agree", "greedy_match"):
         return f"{100 * value:.1f}%"
-    return f"{value:g}" if name in ("needles_exact", "later_exact") else digits(value)
+    return f"{value:g}" if name in ("needles_exact", "later_exact", "turns_exact") else digits(value)
 
 
 def percent(row: dict[str, Any], name: str) -> str:
@@ -183,6 +183,8 @@ COLUMNS = (
     Column("answer_logprob", "answer log p", significant, "answer log p: mean log-likelihood of the right answer"),
     Column("later_exact", "asked later", count, "asked later: the same questions, put to the context after it was compressed"),
     Column("later_logprob", "later log p", significant, "later log p: answer log p of questions asked later"),
+    Column("turns_exact", "in turns", count, "in turns: the same, one after another to one compressed context, answers between"),
+    Column("turns_logprob", "turns log p", significant, "turns log p: answer log p of questions asked in turns"),
     Column("hard_logprob", "hard log p", significant, "hard log p: answer log p of tasks of which the full cache gets less than 80% right"),
     Column("accuracy", "right", first_of("labelled", "watched"), "right: share of pictures answered or named rightly"),
     Column("wer", "WER", share, "WER: words inserted, deleted and replaced / words said"),
@@ -195,6 +197,7 @@ COLUMNS = (
     Column("held", "held", percent, "held: bytes of the decode state after prefill / bytes of a full cache"),
     Column("read", "read", percent, "read: cache bytes touched by one decode step / bytes of a full cache"),
     Column("peak", "peak", percent, "peak: memory of the compiled program / bytes of a full cache"),
+    Column("prefill_read", "prompt read", share, "prompt read: rows that a sparse prefill's queries read / rows before them"),
     Column("prefill_s", "prefill", significant, "prefill: seconds, after warm-up"),
     Column("first_token_s", "first token", significant, "first token: seconds until it can be drawn"),
     Column(
