@@ -68,7 +68,7 @@ def measure(m: Whisper, clips, mel_BTI: np.ndarray, owner: list[int], save: Call
     heard = listen(m.params, encoded(m, mel_BTI, None, ()))
     text = np.asarray(greedy(m.params, m.cfg, heard, MOST))
     full, plain, wanted = log_probs(m, heard, text), texts(m, text, owner), [clip.said for clip in clips]
-    wrong, words = errors(plain, wanted)
+    wrong, words = (sum(x) for x in zip(*errors(plain, wanted)))
 
     def shown(said: list[str]) -> dict[str, str]:
         """The transcripts of clips whose text is in the public domain."""
@@ -80,7 +80,7 @@ def measure(m: Whisper, clips, mel_BTI: np.ndarray, owner: list[int], save: Call
         drop = to_share(m.cfg.S, m.cfg.L, share, at_once=at_once)
         heard = listen(m.params, encoded(m, mel_BTI, HOW[name], drop), proportional=True)
         said = texts(m, np.asarray(greedy(m.params, m.cfg, heard, MOST)), owner)
-        (wrong, words), (changed, of) = errors(said, wanted), errors(said, list(plain))
+        (wrong, words), (changed, of) = ((sum(x) for x in zip(*errors(said, of))) for of in (wanted, list(plain)))
         row = {"method": name, "share": share, "at_once": at_once, "rows": m.cfg.S - sum(drop), "drop": drop}
         row |= {"flops": relative(m.cfg, drop)}
         row |= {"wer": wrong / words, "errors": wrong, "words": words, "changed": changed / of, "changed_words": changed, "of_words": of}

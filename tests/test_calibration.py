@@ -265,12 +265,12 @@ def test_settings_that_do_not_fit_the_model_are_refused_before_anything_is_measu
 
 
 def test_measured_rows_say_whether_they_are_calibrated(folder):
-    ids = tuple(np.random.default_rng(0).integers(0, tiny.CFG.V, 60).tolist())
-    text = Encoded(ids[:48], (ids[48:52],), (ids[52:54],), ids[54:], ())
+    ids = tuple(np.random.default_rng(0).integers(0, tiny.CFG.V, 140).tolist())
+    text = Encoded(ids[:128], (ids[128:132],), (ids[132:134],), ids[134:], ())
     for model, said in (("tiny", True), ("nobody", False)):
-        found = Texts(M, Reader(M, text)).figures(settled(line("RazorAttention", budget=0.5), model))
+        found = Texts(M, Reader(M, text)).figures(settled(line("RazorAttention", budget=0.125), model))
         assert found["calibrated"] is said
-        assert averaged([found | {"context": 48, "batch": 0, "task": "any"}], None, set())["calibrated"] is said
+        assert averaged([found | {"context": 128, "batch": 0, "task": "any"}], None, set())["calibrated"] is said
     assert "calibrated" in Texts(M, Reader(M, text)).figures(line("Full"))
 
 

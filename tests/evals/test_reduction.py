@@ -153,10 +153,31 @@ def test_sound(monkeypatch):
     heard = Hearing(m, (Clip(Path("a"), "1 2"), Clip(Path("b"), None)), 2, 1)
     assert heard.wanted == ["1 2"] and len(heard.full) == 2
     full, some = heard.figures("Full", 1.0), heard.figures("ToMe", 0.5)
-    assert full["heard_kl"] == [0.0, 0.0] and full["share"] == full["flops"] == full["encoder_speedup"] == 1 and full["changed_words"] == 0
-    assert some["share"] == pytest.approx(0.5, abs=0.03) and min(some["heard_kl"]) > 0 and some["words"] == 2 and some["flops"] < 1
+    assert full["heard_kl"] == [0.0, 0.0] and full["share"] == full["flops"] == full["encoder_speedup"] == 1
+    assert [wrong for wrong, _ in full["changed"]] == [0]  # of the clip that the two windows are
+    assert some["share"] == pytest.approx(0.5, abs=0.03) and min(some["heard_kl"]) > 0 and some["wrong"][0][1] == 2 and some["flops"] < 1
     assert heard.drop("ToMe, at once", 0.5) == (10, 0)
     assert hearing.averaged(some)["heard_kl"] == pytest.approx(np.mean(some["heard_kl"]))
+
+
+def test_a_word_error_rate_has_its_interval_over_clips():
+    """Of all words together; drawn clips bring their errors and their words."""
+    found = hearing.rate([(1, 10), (3, 10), (0, 20)], "wer")
+    assert found["wer"] == 0.1 and found["wer_n"] == 40 and 0 == found["wer_lo"] < 0.1 < found["wer_hi"] <= 0.3
+    assert set(hearing.rate([(1, 10)], "wer")) == {"wer", "wer_n"} and hearing.rate([], "wer") == {}
+
+
+def test_simple_rules_that_look_are_baselines_too_where_they_fit():
+    assert {"FasterVLM", "DART"} <= set(reduction.baselines("pictures")) and "FasterVLM" in reduction.baselines("clips")
+    assert "FasterVLM, in place" not in reduction.baselines("pictures")
+
+    def part(method, paired):
+        row = {"method": method, "kind": "pictures", "target": 0.33, "part": "all", "measured_s": 1.0}
+        return {"all": row | ({"share": 0.33, "paired": paired} if paired else {"note": "left out: too few"})}
+
+    mine = part("DivPrune", [1.0] * 9 + [0.0])
+    assert reduction.averaged(mine, [part("FasterVLM", [0.0] * 10), part("DART", None)])["beats"]
+    assert not reduction.averaged(mine, [part("FasterVLM", [1.0] * 10), part("DART", None)])["beats"]
 
 
 @pytest.fixture(scope="module")
@@ -200,10 +221,22 @@ def test_answers_behind_a_pass_that_drops_none_are_the_model(pictured):
     np.testing.assert_allclose(prompt.logits_BV, said[:, 0], atol=1e-4)
 
 
-def seeing_logits(v, a):
+@pytest.mark.parametrize("method", ["RandomPatches", "CDPruner"])
+def test_what_enters_the_timed_decoder_is_what_answers_read(pictured, method):
+    """Rows that a method leaves, one that looks at the question among them: the logits of question and answer in one pass."""
+    _, v, given = pictured
+    answering, a = Answering(v, given, 1), seeing.asked(v, given["where"])
+    way = answering.way(method, 0.33)
+    prompt = answering.prefilled(*answering.entering(a, way, slice(0, 6)))
+    about = seeing.directions(v, jnp.asarray(a.tokens_BS), jnp.asarray(a.answer_B))
+    said, _, _ = seeing_logits(v, a, way, about)
+    np.testing.assert_allclose(prompt.logits_BV, said[:, 0], atol=1e-4)
+
+
+def seeing_logits(v, a, way=None, about=None):
     from tokeff.evals.vision import answer_logits
 
-    seen = seeing.picture_vectors(v, a.task, jnp.asarray(a.crops_BTYXC), None)
+    seen = seeing.picture_vectors(v, a.task, jnp.asarray(a.crops_BTYXC), way, about)
     return answer_logits(v.text.params, v.text.cfg, seen, a.tokens_BS, a.length_B, a.answer_B, a.marks)
 
 
@@ -217,6 +250,7 @@ def test_pictures(pictured):
     assert before["rows_left"] == 17 and before["share"] == pytest.approx(16 / 49) and before["held"] < 0.5
     assert inside["share"] == pytest.approx(0.33, abs=0.02) and inside["layers"] == [0, 1, 2] and len(inside["paired"]) == 6
     assert before["flops"] < 1 and inside["flops"] < 1 and inside["picture_speedup"] > 0
+    assert before["decoder_speedup"] > 0 and answering.figures("Full", 1.0)["decoder_speedup"] == 1
 
 
 def test_settings_at_a_share():

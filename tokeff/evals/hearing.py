@@ -76,10 +76,22 @@ def texts(m: Whisper, text_BT: np.ndarray, owner: Sequence[int]) -> list[str]:
     return joined
 
 
-def errors(said: Sequence[str], wanted: Sequence[str | None]) -> tuple[int, int]:
-    """(word errors, words) of all clips that have a transcript."""
-    pairs = [speech.word_errors(a, b) for a, b in zip(said, wanted) if b is not None]
-    return sum(e for e, _ in pairs), sum(n for _, n in pairs)
+def errors(said: Sequence[str], wanted: Sequence[str | None]) -> list[tuple[int, int]]:
+    """(word errors, words) of each clip that has a transcript."""
+    return [speech.word_errors(a, b) for a, b in zip(said, wanted) if b is not None]
+
+
+def rate(clips: Sequence[Sequence[int]], name: str) -> dict[str, float]:
+    """Word errors over words, with the 95% interval over clips (drawn again, errors and words together) where there are several."""
+    wrong, words = np.asarray(clips, np.float64).reshape(-1, 2).T
+    if not words.sum():
+        return {}
+    found = {name: float(wrong.sum() / words.sum()), f"{name}_n": float(words.sum())}
+    if len(words) > 1:
+        drawn = np.random.default_rng(0).integers(0, len(words), (9999, len(words)))
+        low, high = np.quantile(wrong[drawn].sum(axis=1) / np.maximum(words[drawn].sum(axis=1), 1), (0.025, 0.975))
+        found |= {f"{name}_lo": float(low), f"{name}_hi": float(high)}
+    return found
 
 
 def apart(ours: np.ndarray, full: np.ndarray, text_BT: np.ndarray) -> tuple[list[float], list[float]]:
@@ -144,11 +156,11 @@ class Hearing:
             heard = listen(self.m.params, encoded(self.m, self.mel_BTI, how, drop), proportional=True)
             said = texts(self.m, np.asarray(greedy(self.m.params, cfg, heard, MOST)), self.owner)
             kl, agree = apart(log_probs(self.m, heard, self.text_BT), self.full, self.text_BT)
-        (wrong, words), (changed, of) = errors(said, self.wanted), errors(said, list(self.plain))
+        wrong, changed = errors(said, self.wanted), errors(said, list(self.plain))
         left = np.cumsum([cfg.S - drop[0], *(-r for r in drop[1:])])
         return {
-            "share": float(left.mean()) / cfg.S, "rows_left": int(left[-1]), "word_errors": wrong, "words": words,
-            "changed_words": changed, "of_words": of, "heard_kl": kl, "agree": agree, "paired": [-x for x in kl],
+            "share": float(left.mean()) / cfg.S, "rows_left": int(left[-1]), "wrong": wrong, "changed": changed,
+            "heard_kl": kl, "agree": agree, "paired": [-x for x in kl],
             **self.speed(how, drop), "flops": relative(cfg, drop), "tflops": 2 * flops(cfg, drop) / 1e12,
             "held": int(left[-1]) / cfg.S, "kv_mib": int(left[-1]) * 2 * cfg.D * cfg.layers * 4 / 2**20,
         }  # fmt: skip
@@ -179,9 +191,7 @@ class Hearing:
 def averaged(part: dict[str, Any]) -> dict[str, Any]:
     """One row as a line of the report: means over windows with their intervals."""
     found = {"n": len(part["heard_kl"]), "agree": mean(part["agree"]).value, "heard_kl": mean(part["heard_kl"]).value}
-    found |= {"changed": part["changed_words"] / max(part["of_words"], 1)}
-    if part["words"]:
-        found["wer"] = part["word_errors"] / part["words"]
+    found |= rate(part["wrong"], "wer") | rate(part["changed"], "changed")
     if len(part["heard_kl"]) > 1:
         found |= {"heard_kl_lo": mean(part["heard_kl"]).low, "heard_kl_hi": mean(part["heard_kl"]).high}
     return found

@@ -167,8 +167,8 @@ class Reduction(Experiment):
         row = next(row for row in self.rows if row.name == name)
         about = {
             "method": row.method, "kind": row.kind, "target": row.share, "part": part, "settings": repr(row),
-            "family": "baseline" if row.method in (BASE, *baselines(row.kind)) else "reduce",
-        }  # fmt: skip
+        }
+        about["family"] = family(about)
         try:
             return about | context.figures(row, part)
         except UserError as error:
@@ -243,14 +243,16 @@ class Parts:
         return Watching(load_llava(e.llava), given, make(watching.TASKS[0], stuff, watching.BATCH, SEED + 1), e.rounds)
 
 
-SHOWN = ("prefill_s", "first_token_s", "first_token_speedup", "speedup", "encoder_speedup", "picture_speedup", "clip_speedup", "tflops",
-         "flops", "held", "kv_mib", "top", "layers", "rows_left", "measured_at", "commit", "dirty", "note")  # fmt: skip
+SHOWN = (
+    "prefill_s", "first_token_s", "first_token_speedup", "speedup", "encoder_speedup", "picture_speedup", "decoder_speedup", "clip_speedup",
+    "tflops", "flops", "held", "kv_mib", "top", "layers", "rows_left", "measured_at", "commit", "dirty", "note",
+)  # fmt: skip
 
 
 def averaged(parts: dict[str, dict[str, Any]], against: Sequence[dict[str, dict[str, Any]]]) -> dict[str, Any]:
     """The parts of one row as one line. against: those of the baselines at its share."""
     some = next(iter(parts.values()))
-    found = {name: some[name] for name in ("method", "kind", "family", "target")} | {"share": some.get("share")}
+    found = {name: some[name] for name in ("method", "kind", "target")} | {"share": some.get("share"), "family": family(some)}
     for part in parts.values():
         found |= {name: part[name] for name in SHOWN if name in part}
     found["measured_s"] = sum(part.get("measured_s") or 0 for part in parts.values())
@@ -264,9 +266,15 @@ def averaged(parts: dict[str, dict[str, Any]], against: Sequence[dict[str, dict[
                 found |= hearing.averaged(some)
             case kind:
                 found |= seeing.averaged(some, {"labels": "labelled", "clips": "watched"}.get(kind, "accuracy"))
-    if some["family"] != "baseline" and (won := [beats(parts, theirs) for theirs in against]) and None not in won:
+    fitting = [theirs for theirs in against if any("paired" in part for part in theirs.values())]  # the others fit no such share
+    if found["family"] != "baseline" and (won := [beats(parts, theirs) for theirs in fitting]) and None not in won:
         found["beats"] = all(won)
     return found
+
+
+def family(row: dict[str, Any]) -> str:
+    """'baseline' for what every other row of its kind is held against."""
+    return "baseline" if row["method"] in (BASE, *baselines(row["kind"])) else "reduce"
 
 
 def beats(mine: dict[str, dict[str, Any]], theirs: dict[str, dict[str, Any]]) -> bool | None:

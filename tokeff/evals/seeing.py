@@ -25,7 +25,7 @@ from tokeff.evals.fidelity import snug
 from tokeff.evals.hearing import AT_ONCE, RULES
 from tokeff.evals.mean_rows import Family, Placed
 from tokeff.evals.stats import proportion
-from tokeff.evals.vision import Asked, asked, labels, picture_vectors, right, rows_of, score_llava, score_vit
+from tokeff.evals.vision import Asked, asked, directions, labels, picture_vectors, right, rows_of, score_llava, score_vit
 from tokeff.generation import Setup, pad
 from tokeff.kv.extend import extend, pack
 from tokeff.kv.prefill import Embeds, Prompt, prefill
@@ -40,7 +40,7 @@ from tokeff.reduce.merge import ToMe, to_share
 from tokeff.reduce.methods import shrinking
 from tokeff.reduce.pictures import DART, FastV, PyramidDrop, TransPrune
 from tokeff.reduce.recycle import SparseVLM
-from tokeff.reduce.visual import Filmed, Picked
+from tokeff.reduce.visual import Filmed, Picked, Told
 
 FULL, BATCH = "Full", 25
 IN_PLACE = ", in place"
@@ -69,7 +69,9 @@ PASSES = (
 takes eight layers and lets all rows go; skipping lets none go: neither has a share."""
 STAY = tuple(name + IN_PLACE for name in ("FasterVLM", "HiPrune", "DivPrune", "CDPruner", "CATP", "RandomPatches", "PooledPatches"))
 METHODS = (*(m.name for m in VISUAL), *STAY, *(f.name for f in PASSES))
-BASELINES = tuple(name for m in VISUAL for name in (m.name, m.name + IN_PLACE) if m.family == "baseline" and name in METHODS)
+SIMPLE = ("FasterVLM", "DART")  # rules of one line that look: every other method has to beat them too, where they fit the share
+BLIND = tuple(name for m in VISUAL for name in (m.name, m.name + IN_PLACE) if m.family == "baseline" and name in METHODS)
+BASELINES = (*BLIND, *SIMPLE)
 
 
 def at_share(name: str, cfg: ViTConfig, share: float) -> Picked:
@@ -163,7 +165,8 @@ class Answering:
         return max(int(a.answer_B.max()) for a in some) - 1, rows_of(self.v, some[0].task, 1, None)
 
     def figures(self, method: str, share: float) -> dict[str, Any]:
-        """Answers to all tasks, seconds of a batch in turns with all rows, and what is counted of the decoder alone."""
+        """Answers to all tasks, seconds of a batch, and of the decoder's prefill alone, in turns with all rows, and what is counted of the
+        decoder alone."""
         way, (text, seen), cfg, kept = self.way(method, share), self.sizes(), self.v.text.cfg, method.endswith(IN_PLACE)
         hits = {task: self.hits(given, way, kept) for task, given in self.given.items()}
         found = {"by_task": {task: float(np.mean(h)) for task, h in hits.items()}, "paired": [float(x) for h in hits.values() for x in h]}
@@ -181,7 +184,14 @@ class Answering:
         timers = {name: common.timed(f) for name, f in zip(("dense", "mine"), ways, strict=True) if way is not None or name == "mine"}
         kv = 2 * cfg.K * cfg.H * 4 * cfg.L * held * (text + seen)
         counted |= {"flops": work / mean_rows.flops(None, cfg, text + seen), "held": held, "kv_mib": kv / 2**20}
-        return found | counted | turns(timers, self.rounds)
+        return found | counted | turns(timers, self.rounds) | self.decoder(a, way)
+
+    def decoder(self, a: Asked, way: Picked | Placed | None) -> dict[str, float]:
+        """How many times faster the decoder reads the questions of a batch and what is left of their pictures, the tower's work done."""
+        ways = {"mine": way} if way is None else {"mine": way, "dense": None}
+        timers = {name: common.timed(partial(self.prefilled, *self.entering(a, w, slice(0, BATCH)))) for name, w in ways.items()}
+        seconds = common.interleave(timers, self.rounds, "decoder")
+        return {"decoder_speedup": common.ratio(seconds.get("dense", seconds["mine"]), seconds["mine"])}
 
     def hits(self, given: Canvases, way: Picked | Placed | None, kept: bool = False) -> np.ndarray:
         if not isinstance(way, Placed):
@@ -201,8 +211,18 @@ class Answering:
 
     def read(self, a: Asked, cut: Pass | None, part: slice) -> Prompt:
         """The questions, their pictures' rows in the place of the mark, through the decoder under a pass: the answer is not there yet."""
-        cfg, mark = self.v.text.cfg, a.marks[0]
-        pictured = _vectors(self.v, a.task, a.crops_BTYXC[part])
+        return self.prefilled(*self.entering(a, cut, part))
+
+    def prefilled(self, tokens: jax.Array, length: jax.Array, x: jax.Array, cut: Pass | None) -> Prompt:
+        text = self.v.text
+        return prefill(text.params, text.cfg, tokens, length, cut=cut, dtype=text.precision.cache, embeds=Embeds(x))
+
+    def entering(self, a: Asked, way: Picked | Placed | Pass | None, part: slice) -> tuple[jax.Array, jax.Array, jax.Array, Pass | None]:
+        """(tokens_BT, length_B, x_BTD, pass) of a batch: what enters the decoder under a method before it, or inside it."""
+        cfg, mark, reduce = self.v.text.cfg, a.marks[0], way if isinstance(way, Picked) else None
+        cut = way.cut if isinstance(way, Placed) else way if isinstance(way, Pass) else None
+        about = directions(self.v, jnp.asarray(a.tokens_BS[part]), jnp.asarray(a.answer_B[part])) if isinstance(reduce, Told) else None
+        pictured = _vectors(self.v, a.task, a.crops_BTYXC[part], reduce, about)
         texts = [
             (*row[:mark], *[self.v.cfg.image] * pictured.shape[1], *row[mark + 1 : end])
             for row, end in zip(a.tokens_BS[part].tolist(), a.answer_B[part].tolist())
@@ -212,7 +232,7 @@ class Answering:
         cut = cut.seeing((self.v.cfg.image,), texts) if cut is not None else None
         if cut is not None:
             cut.check(cfg, max(map(len, texts)))
-        return prefill(self.v.text.params, cfg, tokens, length, cut=cut, dtype=self.v.text.precision.cache, embeds=Embeds(x))
+        return tokens, length, x, cut
 
     def forced(self, a: Asked, cut: Pass | None, part: slice) -> np.ndarray:
         """hit_B: whether greedy decoding behind the pass would write the answer and then stop."""
@@ -226,10 +246,12 @@ class Answering:
         return np.array([best[b, : len(row)].tolist() == row for b, row in enumerate(said)])
 
 
-def _vectors(v: Llava, task: str, crops_BTYXC: np.ndarray) -> jax.Array:
-    """x_BMD of the only picture of each example, all of its rows."""
-    (found,) = picture_vectors(v, task, jnp.asarray(crops_BTYXC), None)
-    return found.x_BMD
+def _vectors(v: Llava, task: str, crops_BTYXC: np.ndarray, reduce: Picked | None, about_BD: jax.Array | None) -> jax.Array:
+    """x_BMD of the only picture of each example: all of its rows, or what a method leaves, at most where that is the picture's own."""
+    make = jax.jit(lambda crops, about: picture_vectors(v, task, crops, reduce, about)[0][:2])
+    x_BMD, real_BM = make(jnp.asarray(crops_BTYXC), about_BD)
+    first = np.argsort(~np.asarray(real_BM), axis=1, kind="stable")[:, : int(real_BM.sum(axis=1).max())]
+    return jnp.take_along_axis(x_BMD, first[..., None], axis=1)
 
 
 @partial(jax.jit, static_argnames=("cfg", "mark"))

@@ -30,7 +30,8 @@ PATCHES = ("FasterVLM", "DivPrune", "RandomPatches", "PooledPatches")
 """Methods that take every frame by itself."""
 FILMS = tuple(m for m in picture_methods() if m.name in PATCHES or isinstance(m.make(), Filmed))
 METHODS = tuple(name for m in FILMS for name in (m.name, m.name + seeing.IN_PLACE))
-BASELINES = tuple(name for m in FILMS for name in (m.name, m.name + seeing.IN_PLACE) if m.family == "baseline")
+BLIND = tuple(name for m in FILMS for name in (m.name, m.name + seeing.IN_PLACE) if m.family == "baseline")
+BASELINES = (*BLIND, *(name for name in seeing.SIMPLE if name in METHODS))
 TASKS = ("order",)  # the small LLaVA never learnt which way a digit moves
 
 

@@ -204,6 +204,8 @@ COLUMNS = (
         "speedup", "speed-up", first_of("encoder_speedup", "picture_speedup", "clip_speedup"),
         "speed-up: seconds over all rows / these, in turns",
     ),
+    Column("first_token_speedup", "first token x", significant, "first token x: seconds to it over all rows / these, in turns"),
+    Column("decoder_speedup", "decoder x", significant, "decoder x: of its prefill, seconds over all rows / these, in turns"),
     Column("flops", "FLOPs", share, "FLOPs: of the prefill by arithmetic / those over all rows; what scores cost is left out"),
     Column("kv_mib", "KV MiB", significant, "KV MiB: keys and values held after the prompt"),
     Column("beats", "beats", flag, "beats: better than every baseline at its share, 95% interval of the differences of examples"),
