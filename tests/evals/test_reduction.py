@@ -34,7 +34,9 @@ from tokeff.models.vit_hf import ImageModel
 from tokeff.models.whisper_config import WhisperConfig
 from tokeff.models.whisper_load import Whisper, build
 from tokeff.reduce.pictures import FastV
-from tokeff.report.run import run
+from tokeff.report import table
+from tokeff.report.folder import RunFolder
+from tokeff.report.run import run, summed
 
 pytestmark = pytest.mark.core
 CONFIG = Path(__file__).parents[2] / "configs" / "leaderboard" / "reduce.py"
@@ -291,3 +293,11 @@ def test_what_is_committed_is_of_the_full_suite():
     lines = {(row["kind"], row["method"], row["target"]): row for row in whole.summary(rows)}
     best, full = lines["pictures", "FasterVLM, in place", 0.33], lines["pictures", "Full", 1.0]
     assert best["beats"] and full["accuracy"] - best["accuracy"] == pytest.approx(0.03)  # as README and docs/vision.md say
+
+
+def test_the_committed_table_is_that_of_its_rows():
+    """Of all kinds; what was measured last is not what a table is made of."""
+    folder = RunFolder(CONFIG.parents[2] / "experiments" / "results" / "reduce")
+    rows = summed(experiment.load(str(CONFIG), "full").experiment, folder)
+    assert folder.path.joinpath("table.md").read_text() == table.markdown(table.build(rows))
+    assert {row["kind"] for row in rows} == set(reduction.KINDS)
