@@ -4,7 +4,7 @@ Command:   tokeff run configs/leaderboard/reduce.py --suite smoke      (a first 
            tokeff run configs/leaderboard/reduce.py --suite full       (every method; resumes where it stopped)
            tokeff run configs/leaderboard/reduce.py --suite pictures   (of that, one kind; also text, sound, labels, clips)
 Hardware:  2 CPU cores, float32, nothing else running
-Time:      smoke 4 min; pictures 19, clips 16, sound 10, labels 3 min with a compile cache that was partly warm (AMD EPYC)
+Time:      smoke 4 min; text 27, pictures 13, sound 5, labels 2 min on an AMD EPYC with nothing compiled before; clips 16 on a slower one
 Expected:  what looks beats what does not from a third down; sound and pictures lose little at two thirds; a prefill gains about what its
            operations say, less what scores cost
 """
