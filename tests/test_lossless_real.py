@@ -94,7 +94,7 @@ def test_a_drafter_that_came_later_or_changed_is_measured_alone():
 
 
 @pytest.mark.core
-def test_every_listed_lossless_drafter_is_proven():
+def test_the_experiment_decodes_with_every_listed_lossless_drafter():
     listed = {m.name for m in methods() if m.part == "decode" and m.lossless and Parameter.empty not in m.settings().values()}
     assert set(lossless.drafters("smollm2-135m")) == listed
     paper = lossless.drafters("smollm2-135m", setting="paper")

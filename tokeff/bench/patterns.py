@@ -13,12 +13,13 @@ import jax.numpy as jnp
 
 from tokeff.bench import common
 from tokeff.bench.common import Timer, interleave, ratio
-from tokeff.data import sources
+from tokeff.data import tasks
 from tokeff.data.haystack import encoder
 from tokeff.errors import UserError, nearest
 from tokeff.evals.comparison import Line, line, settled
 from tokeff.evals.cost import pattern_read
 from tokeff.evals.crossover import ALWAYS, NEVER
+from tokeff.evals.fidelity import encode_example
 from tokeff.kv.prefill import prefill
 from tokeff.listing import methods
 from tokeff.models.load import Model
@@ -59,9 +60,8 @@ def at(m: Model, context: int, lines: Sequence[Line], rounds: int) -> list[dict[
 
 
 def text(m: Model, context: int) -> list[int]:
-    """The first tokens of the committed prose, again from its start where it is too short."""
-    ids = list(encoder(m.tok)(sources.text()))
-    return (ids * (context // len(ids) + 1))[:context]
+    """So many tokens of the committed prose, with a sentence hidden in them."""
+    return list(encode_example(m, tasks.make("single_needle", 0, context, encoder(m.tok))).context[:context])
 
 
 def pays_from(of: Sequence[dict[str, Any]]) -> str:

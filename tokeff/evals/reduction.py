@@ -165,10 +165,7 @@ class Reduction(Experiment):
         forget_programs()
         name, part = key.rsplit("/", 1)
         row = next(row for row in self.rows if row.name == name)
-        about = {
-            "method": row.method, "kind": row.kind, "target": row.share, "part": part, "settings": repr(row),
-        }
-        about["family"] = family(about)
+        about = {"method": row.method, "kind": row.kind, "target": row.share, "part": part, "settings": repr(row)}
         try:
             return about | context.figures(row, part)
         except UserError as error:

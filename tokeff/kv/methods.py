@@ -186,7 +186,7 @@ def razor_attention(
 ) -> ByClass:
     """RazorAttention (Tang et al. 2024): retrieval heads keep everything, the others sinks, recent rows and one mean row for the rest.
 
-    `heads` come from `tokeff.kv.heads.razor_heads(model)`; the default, the first head of each layer, is a placeholder. `budget` is
+    `heads` come from `tokeff.kv.heads.razor_heads(model)`; the default, the first head of each layer, was not searched for. `budget` is
     that of the other heads: published max(4000, N / 5) rows, 256 in the deployed code. Nothing leaves after the prompt.
     """
     return ByClass(Full(), MeanRow(Keep(budget, Recency(), sinks=sinks), weighted), heads)
@@ -196,7 +196,7 @@ def duo_attention(heads: Heads = ((0,),), budget: Budget = 0.125, sinks: int = 4
     """DuoAttention (Xiao et al. 2024): retrieval heads keep everything, streaming heads sinks and recent rows, throughout decoding.
 
     `heads` come from `tokeff.kv.heads`: `duo_heads(model, text)`, or `strongest(gates, share)` of learned gates; the default, the first
-    head of each layer, is a placeholder. `budget` is that of the streaming heads (published: 64 sinks and 256 recent rows); they keep
+    head of each layer, was not searched for. `budget` is that of the streaming heads (published: 64 sinks and 256 recent rows); they keep
     their places in the text. The prompt is prefilled densely, where the paper's streaming heads stream it.
     """
     return ByClass(Full(), Keep(budget, Recency(), sinks=sinks, evict=evict), heads)
@@ -220,7 +220,7 @@ def compresskv(
     """CompressKV (Lin et al. 2025): rows that a layer's semantic retrieval heads look at, one choice for all its kv heads.
 
     `judges` are query heads of each layer, from `tokeff.kv.compress.semantic_heads` (published: 4 a layer; the default, the first head,
-    is a placeholder), `importance` a share of the budget for each layer, from `layer_importance` (none: all alike). floor: what
+    was not searched for), `importance` a share of the budget for each layer, from `layer_importance` (none: all alike). floor: what
     every layer keeps, rows or a share of the budget; published 32 rows, a quarter of the smallest budget of the paper.
     """
     return ByImportance(budget, HeadWindow(window, kernel, "avg", judges), recent=window, importance=importance, floor=floor)
