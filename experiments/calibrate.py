@@ -1,6 +1,6 @@
 """Every search that a method needs on a model, run on a text that no evaluation reads; then what it is worth on texts that one reads.
 
-    python experiments/calibrate.py smollm2-135m                        # every method; about 6 minutes on 2 cores
+    python experiments/calibrate.py smollm2-135m                        # every method; about 8 minutes on 2 cores
     python experiments/calibrate.py smollm2-135m --method TidalDecode   # one of them; the others stay in the file
     python experiments/calibrate.py smollm2-135m --measure              # KL with and without, 4 evaluation texts; about 10 minutes
 
@@ -16,8 +16,11 @@ with numbers of their own. Budgets of searches are an eighth of the rows, whatev
 - MInference: for each head the pattern with the smallest error, where all read at most 480 rows a block of queries.
 - RazorAttention: heads that look at earlier copies of random tokens and behind them; no text at all.
 - DuoAttention: the half of the heads whose mean query looks furthest back.
+- SWIFT: the halves of layers that drafts do without: the largest share of them at which some choice names 93% of what the model wrote
+  behind a passage, as the paper's search wants. Of 13 billion parameters that is 45%, of fewer it is less.
 
-`--measure` reads 4 contexts of 1024 tokens of the evaluation text with 3 needles each, at a budget of a quarter where a method has one. KL
+`--measure` leaves drafters out: they change no text, and configs/leaderboard/decoding.py says what they are worth. It reads 4 contexts of
+1024 tokens of the evaluation text with 3 needles each, at a budget of a quarter where a method has one. KL
 is that of the next token, KL(full || method) in nats over the 128 tokens behind the context, and of the right answers the log-probability.
 RazorAttention and DuoAttention keep whole heads, and calibration changes how many: `lot` is as many heads as calibrated, drawn by lot.
 """
@@ -43,11 +46,12 @@ from tokeff import calibration
 from tokeff.compat import forget_programs
 from tokeff.data import sources, tasks
 from tokeff.data.haystack import encoder
+from tokeff.decode.swift import GOOD, Agreement, find_skips
 from tokeff.errors import UserError, nearest, one_line
 from tokeff.evals.comparison import compile_cache
 from tokeff.evals.cost import dense_bytes, read_bytes
 from tokeff.evals.fidelity import Encoded, Quality, Reader, encode_example
-from tokeff.generation import Setup
+from tokeff.generation import Setup, go, new_tokens, read, start
 from tokeff.kv import methods as kv
 from tokeff.kv.compress import layer_importance, semantic_heads
 from tokeff.kv.extend import pack
@@ -80,6 +84,8 @@ class Sizes:
     budget: float = 0.125
     last: int = 64  # queries of a passage at which choices are compared
     rows: int = 480  # read by a block of queries under a pattern of prefill
+    shares: tuple[float, ...] = (0.45, 0.35, 0.25, 0.2, 0.15, 0.1)  # of the halves of layers, left out; tries at each
+    tries: int = 100
     seed: int = 1000
 
 
@@ -184,9 +190,21 @@ def duo(m: Model, text: Text, sizes: Sizes) -> tuple[Settings, Settings]:
     return {"heads": heads}, {"tokens": sizes.long, "heads": sum(map(len, heads))}
 
 
+def halves(m: Model, text: Text, sizes: Sizes) -> tuple[Settings, Settings]:
+    asked, setup = list(text.ids[: sizes.ahead]), Setup()
+    ids = [*asked, *new_tokens(go(m, start(m, read(m, [asked], setup), setup, sizes.last), setup, sizes.last, ()))[0]]
+    agree, tail, found = [], min(50, sizes.last - 1), ((), ())
+    for share in sizes.shares:
+        found = find_skips(m, ids, share, tail, tries=sizes.tries, seed=sizes.seed)
+        agree.append(round(Agreement.of(m, ids, tail)(found), 3))
+        if agree[-1] >= GOOD:
+            break
+    return {"attention": found[0], "ffn": found[1]}, {"tokens": len(ids), "shares": sizes.shares[: len(agree)], "agree": agree}
+
+
 SEARCHES: dict[str, Callable[[Model, Text, Sizes], tuple[Settings, Settings]]] = {
     "CompressKV": compress, "DoubleSparsity": double, "Kascade": cascade, "TidalDecode": tidal,
-    "MInference": patterns, "RazorAttention": razor, "DuoAttention": duo,
+    "MInference": patterns, "RazorAttention": razor, "DuoAttention": duo, "SWIFT": halves,
 }  # fmt: skip
 
 
@@ -209,7 +227,7 @@ def recipe(m: Model, names: list[str], text: Text, sizes: Sizes) -> dict[str, An
         forget_programs()
         settings, facts = SEARCHES[name](m, text, sizes)
         seconds = round(time.perf_counter() - start, 1)
-        find(name).build(**settings).check(m.cfg, m.cfg.max_len)
+        Setup(**{find(name).part: find(name).build(**settings)}).check(m, [m.cfg.max_len - 1], 1)
         entries[name] = {"settings": settings, "recipe": {**facts, "sizes": asdict(sizes), "seconds": seconds}}
         print(f"{name}: {seconds:.0f} s", file=sys.stderr)
     return entries
@@ -297,7 +315,7 @@ def run(model: str, names: list[str], only_measure: bool) -> None:
         old.check(m)
     found = about(m) | {"methods": kept["methods"]} | {key: kept[key] for key in ("measured",) if key in kept}
     if only_measure:
-        settings = {name: calibration.settings(m, name) for name in names}
+        settings = {name: calibration.settings(m, name) for name in names if find(name).part != "decode"}
         found["measured"] = found.get("measured", {}) | measure(m, evaluation(m), settings)
     else:
         found["methods"] = found["methods"] | recipe(m, names, text_of(m, sizes), sizes)

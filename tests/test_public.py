@@ -37,7 +37,7 @@ decode.lookahead_trie(nodes: 'int' = 16, length: 'int' = 10, query: 'int' = 2, w
 32) -> 'Trie'
 decode.measured_cost(path: 'str | Path', context: 'int | None' = None) -> 'tuple[tuple[int, float], ...]'
 decode.paced(drafter: 'Drafter' = PromptLookup(rule=Coupled(), length=10, ngram=3, latest=False), widths: 'tuple[int, ...]' = (1, 4, 8, \
-16), cost: 'tuple[tuple[int, float], ...]' = ((1, 1.0), (2, 1.2), (4, 1.4), (8, 1.6), (16, 2.1), (32, 3.1), (64, 4.4)), rate: 'float' = \
+16), cost: 'tuple[tuple[int, float], ...]' = ((1, 1.0), (2, 1.3), (4, 1.4), (8, 1.7), (16, 2.4), (32, 3.4), (64, 5.1)), rate: 'float' = \
 0.2, tries: 'int' = 8, rarest: 'int' = 64) -> 'Paced'
 decode.pearl(cfg: 'Config', length: 'int' = 4) -> 'Pearl'
 decode.plain() -> 'Plain'
@@ -55,7 +55,7 @@ decode.suggest(m: 'Model', prompt: 'str | Sequence[int]', how: 'Superposed' = Su
 stop: 'bool' = True) -> 'list[Suggestion]'
 decode.swift(attention: 'tuple[int, ...] | None' = None, ffn: 'tuple[int, ...] | None' = None, length: 'int' = 5, candidates: 'int' = 3, \
 sure: 'float' = 0.8, share: 'float' = 0.45, tail: 'int' = 50) -> 'Swift | OnlineSwift'
-decode.token_recycling(tree: 'tuple[tuple[int, ...], ...]' = TREE_16, rank: 'int' = 8) -> 'TokenRecycling'
+decode.token_recycling(tree: 'tuple[tuple[int, ...], ...]' = TREE_4, rank: 'int' = 8) -> 'TokenRecycling'
 evaluate(m: 'Model', kv: 'Policy | None' = None, *, cut: 'Pass | None' = None, prefill: 'Pattern | None' = None, bounded: 'int | None' = \
 None, task: 'str' = 'multi_question', length: 'int' = 2048, n: 'int' = 4, seed: 'int' = 0) -> 'dict[str, Any]'
 generate(m: 'Model', prompts: 'str | Sequence[str] | Sequence[Sequence[int]]', *, kv: 'Policy | None' = None, cut: 'Pass | None' = None, \
@@ -190,11 +190,11 @@ bounded: 'int | None' = None, stop: 'bool' = True, every: 'int' = 4) -> 'Iterato
 
 def public() -> list[str]:
     """One line a public function or class: its name and how it is called."""
-    from tokeff.decode.recycling import TREE_16
+    from tokeff.decode.recycling import TREE_4
     from tokeff.decode.sample import GREEDY
 
     def said(name, thing):
-        text = f"{name}{inspect.signature(thing)}".replace(repr(TREE_16), "TREE_16").replace(repr(GREEDY), "GREEDY")
+        text = f"{name}{inspect.signature(thing)}".replace(repr(TREE_4), "TREE_4").replace(repr(GREEDY), "GREEDY")
         return text.removesuffix(" -> None")
 
     lines = []

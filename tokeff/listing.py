@@ -222,7 +222,10 @@ METHODS: tuple[Method, ...] = (
     ),
     Method("ADED", "decode", "decode", decode.aded, True, papers.ADED, published.ADED, identity={}, config=_DECODE),
     Method("EarlyExit", "decode", "decode", decode.early_exit, True, papers.LAYERSKIP, published.EXIT, identity={}, config=_DECODE),
-    Method("SWIFT", "decode", "decode", decode.swift, True, papers.SWIFT, published.SWIFT, identity={}, config=_DECODE),
+    Method(
+        "SWIFT", "decode", "decode", decode.swift, True, papers.SWIFT, published.SWIFT, identity={}, config=_DECODE,
+        calibrates=("attention", "ffn"),
+    ),
     Method("DEL", "decode", "decode", decode.dynamic_exit, True, papers.DEL, published.DEL, identity={}, config=_DECODE),
     Method("SmartSpec", "decode", "decode", decode.paced, True, papers.SMARTSPEC, published.SMARTSPEC, identity={}, config=_DECODE),
     Method("DraftModel", "decode", "decode", decode.draft_model, True, papers.SPECULATIVE, published.DRAFT, identity={}, config=_DECODE),

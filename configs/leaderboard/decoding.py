@@ -36,8 +36,10 @@ def experiment(suite: str = "full") -> Drafting:
     listed = [m for m in methods() if m.part == "decode"]
     alone = [replace(row, batches=(1, 4, 16)) if row.method in IN_BATCHES else row for row in entries(listed)]
     exact = drafted("RAPID", name="RAPID, eta 0", eta=0.0, row=FEW)  # which keeps the law; the listed default does not
+    searching = drafted("SWIFT", name="SWIFT, searching", row=replace(FEW, calibrated=False))  # as it goes; SWIFT drafts as calibrated
     trees = [drafted("TokenRecycling", name=f"TokenRecycling {n}", tree=cut(n), row=FEW) for n in SIZES]
-    return Drafting("decoding", (*alone, exact, *trees, *entries(listed, "paper", FEW)), draft=DRAFT, widths=WIDTHS, prompts=6, rounds=1)
+    rows = (*alone, exact, searching, *trees, *entries(listed, "paper", FEW))
+    return Drafting("decoding", rows, draft=DRAFT, widths=WIDTHS, prompts=6, rounds=1)
 
 
 def cut(n: int) -> tuple[tuple[int, ...], ...]:

@@ -12,7 +12,8 @@ import pytest
 import tiny
 
 from tokeff.decode.draft import Result
-from tokeff.decode.recycling import TREE_16, TokenRecycling
+from tokeff.decode.methods import token_recycling
+from tokeff.decode.recycling import TREE_4, TREE_16, TokenRecycling
 from tokeff.decode.shape import Watched, best_tree, chances, counts, likeliest, measured_cost, rate_of
 from tokeff.errors import UserError
 
@@ -101,9 +102,10 @@ def default_tree():
     return module.found()
 
 
-def test_the_default_tree_is_what_the_committed_measurements_say_of_it():
-    """On two cores no tree pays on all classes together. Of its size the default is nearly the best; a large one gives some more."""
+def test_the_default_tree_is_the_best_by_the_committed_measurements():
+    """On two cores no tree pays over all classes; the default is the best of those with a draft. Where rows are free larger ones are."""
     found = default_tree()
     whole = found["all"]
-    assert whole["tree"] == () and found["copy-heavy"]["tree"] == ((0,), (1,)) and found["copy-heavy"]["gain"] > 1
-    assert len(TREE_16) == 15 and [round(whole[name], 2) for name in ("default", "same_size", "large")] == [1.35, 1.37, 1.47]
+    assert set(whole["draft"]) == set(TREE_4) == set(token_recycling().tree) and whole["tree"] == () and whole["gain"] < 1
+    assert len(TREE_16) == 15 and whole["default"] < whole["sixteen"] < whole["same_size"] < whole["large"]
+    assert [round(whole[name], 2) for name in ("default", "sixteen", "same_size", "large")] == [1.24, 1.35, 1.37, 1.47]

@@ -21,7 +21,7 @@ from tokeff.errors import UserError
 from tokeff.models.flow import Accepted
 
 # T(rows) / T(1) of a pass of SmolLM2 on two CPU cores (benchmarks/cpu.json, verify-cost).
-CURVE = ((1, 1.0), (2, 1.2), (4, 1.4), (8, 1.6), (16, 2.1), (32, 3.1), (64, 4.4))
+CURVE = ((1, 1.0), (2, 1.3), (4, 1.4), (8, 1.7), (16, 2.4), (32, 3.4), (64, 5.1))
 
 
 class Pace(struct.PyTreeNode):

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from tokeff.models.load import Model
 
 Halves = tuple[tuple[int, ...], tuple[int, ...]]  # layers whose attention, and layers whose feed-forward, is left out
+GOOD = 0.93  # share of the last tokens at which the published search ends
 CANDIDATES = ((0.95, 3), (0.8, 5), (0.5, 8), (0.0, 10))  # above this probability of the best guess, so many guesses
 
 
@@ -113,7 +114,7 @@ def check_halves(skip: Halves, cfg) -> None:
 
 
 def find_skips(
-    m: Model, ids: Sequence[int], share: float = 0.45, tail: int = 50, *, tries: int = 1000, good: float = 0.93, patience: int = 300,
+    m: Model, ids: Sequence[int], share: float = 0.45, tail: int = 50, *, tries: int = 1000, good: float = GOOD, patience: int = 300,
     seed: int = 0,
 ) -> Halves:
     """(attention, ffn) of `Swift`: which `share` of the halves of all layers but the first and the last to leave out.

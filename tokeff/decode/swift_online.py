@@ -14,7 +14,7 @@ from tokeff.decode.draft import Draft, Target
 from tokeff.decode.grow import Grower
 from tokeff.decode.loop import settle_rows
 from tokeff.decode.sample import draw, first_max
-from tokeff.decode.swift import Leaved, left_out, spread
+from tokeff.decode.swift import GOOD, Leaved, left_out, spread
 from tokeff.errors import UserError
 from tokeff.kv.policy import Policy
 from tokeff.models.config import Config, Params
@@ -114,7 +114,7 @@ class OnlineSwift(Leaved):
     share: float = 0.45
     tail: int = 50
     tries: int = 1000
-    good: float = 0.93
+    good: float = GOOD
     patience: int = 300
     seed: int = 0
 
