@@ -2,10 +2,11 @@
 PYTHON ?= python3
 VENV ?= .venv
 PEERS ?= .venv-peers
+CUDA ?= .venv-cuda
 BIN := $(VENV)/bin
 export JAX_PLATFORMS ?=
 
-.PHONY: quickstart test check peers proofs gpu tpu clean
+.PHONY: quickstart test check peers cuda proofs gpu tpu clean
 
 $(BIN)/tokeff: setup.py pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -19,6 +20,11 @@ $(PEERS)/.done: setup.py
 	$(PEERS)/bin/python -m pip install --quiet torch==2.13.0 transformers==5.2.0 kvpress==0.5.5 safetensors
 	touch $(PEERS)/.done
 
+$(CUDA)/.done: setup.py
+	$(PYTHON) -m venv $(CUDA)
+	$(CUDA)/bin/python -m pip install --quiet jax==0.10.2 jax-cuda13-plugin==0.10.2 nvidia-cuda-nvcc==13.0.88 nvidia-nvvm==13.0.88
+	touch $(CUDA)/.done
+
 quickstart: $(BIN)/tokeff  ## environment, model, the first experiment and its report
 	$(BIN)/tokeff fetch smollm2-135m
 	$(BIN)/tokeff run configs/quickstart.py
@@ -26,9 +32,12 @@ quickstart: $(BIN)/tokeff  ## environment, model, the first experiment and its r
 
 peers: $(PEERS)/.done  ## the other libraries that tests compare with, in an environment of their own
 
-test: $(BIN)/tokeff peers  ## environment, model, every test
+cuda: $(CUDA)/.done  ## the compiler for GPUs, which needs none, in an environment of its own
+
+test: $(BIN)/tokeff peers cuda  ## environment, model, every test
 	$(BIN)/tokeff fetch smollm2-135m
-	JAX_PLATFORMS=cpu TOKEFF_PEERS_PYTHON=$(abspath $(PEERS))/bin/python $(BIN)/python -m pytest -n 2 --dist loadgroup
+	JAX_PLATFORMS=cpu TOKEFF_PEERS_PYTHON=$(abspath $(PEERS))/bin/python TOKEFF_CUDA_PYTHON=$(abspath $(CUDA))/bin/python \
+		$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 check: $(BIN)/tokeff  ## style and types
 	$(BIN)/ruff check .
@@ -45,4 +54,4 @@ gpu tpu:  ## every kernel checked and timed on the GPU, or TPU, of this machine
 	$(PYTHON) -m tokeff.bench.device --platform $@
 
 clean:
-	rm -rf $(VENV) $(PEERS) build dist *.egg-info
+	rm -rf $(VENV) $(PEERS) $(CUDA) build dist *.egg-info

@@ -5,8 +5,8 @@ starts one a cycle. Their number, and how many moves of registers to memory and 
 apart under one version of libtpu. It is no time: a bundle in a loop counts once. Where versions differ in the size of their blocks, compare
 bundles times the steps of the grid, which are the bundles that run where no block is skipped.
 
-For CUDA, jax lowers to Triton and stops there: registers are known to ptxas alone, which wants jax's CUDA plugin in front of it. What can
-be told is the size of the Triton program, its products and its reads and writes of memory.
+For CUDA, jax lowers to Triton: the size of the Triton program, its products and its reads and writes of memory. What becomes of it,
+ptxas.py tells where jax's CUDA plugin is installed.
 
 The figures are in kernels/static.json, and a test holds some of them.
 """
@@ -32,6 +32,7 @@ from tokeff.kernels import cases as kernel_cases
 from tokeff.kernels.bench import OPS
 
 FILE = Path(__file__).with_name("static.json")
+PACKAGES = ("jax", "libtpu")  # that figures depend on
 TOPOLOGY = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 TARGETS = (*TOPOLOGY, "triton")
 MARGIN = 0.05  # by which a figure may grow unnoticed
@@ -51,8 +52,13 @@ def main(args):
     p.add_argument("--cases", nargs="+", help="names of cases (default: those made for accelerators)")
     p.add_argument("--out", type=Path, default=FILE, help="file of the figures (default: kernels/static.json)")
     p.add_argument("--fresh", action="store_true", help="make again what is there")
+    return run(p, args, fill)
+
+
+def run(parser, args, fill):
+    """Parse, check names of ops, and fill the file; return the exit code."""
     try:
-        known = p.parse_args(args)
+        known = parser.parse_args(args)
         for op in known.ops:
             if op not in OPS:
                 raise UserError(f"no op {op!r}; {nearest(op, OPS)}")
@@ -65,10 +71,10 @@ def main(args):
         return told[1]
 
 
-def versions():
-    """Return what the figures depend on, {package: version}; None for one that is not installed."""
+def versions(packages=PACKAGES):
+    """Return what figures depend on, {package: version}; None for one that is not installed."""
     found = {}
-    for name in ("jax", "libtpu"):
+    for name in packages:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -76,26 +82,31 @@ def versions():
     return found
 
 
-def read(path=FILE):
+def read(path=FILE, packages=PACKAGES):
     """Return {versions, entries: {'target/op/case': figures}}."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"versions": versions(), "entries": {}}
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"versions": versions(packages), "entries": {}}
 
 
 def fill(known):
-    """Make what is missing, one entry after the other, and write the file after each."""
+    """Make what is missing."""
     if versions()["libtpu"] is None and set(known.targets) != {"triton"}:
         raise UserError("libtpu, the TPU compiler, is not installed; pip install 'tokeff[test]', or give --targets triton")
-    found = read(known.out)
-    if found["versions"] != versions():
-        found = {"versions": versions(), "entries": {}}
     with tempfile.TemporaryDirectory() as folder:
         prepare(folder)
-        for target, op, case in wanted(known):
-            key = f"{target}/{op}/{case.name}"
-            if known.fresh or key not in found["entries"]:
-                found["entries"][key] = figures(target, op, case, folder)
-                print(key, found["entries"][key], flush=True)
-                write(known.out, found)
+        make(known, PACKAGES, lambda target, op, case: figures(target, op, case, folder))
+
+
+def make(known, packages, figures):
+    """Make what is missing, one entry after the other, and write the file after each; all of it, where versions are others."""
+    found, here = read(known.out, packages), versions(packages)
+    if found["versions"] != here:
+        found = {"versions": here, "entries": {}}
+    for target, op, case in wanted(known):
+        key = f"{target}/{op}/{case.name}"
+        if known.fresh or key not in found["entries"]:
+            found["entries"][key] = figures(target, op, case)
+            print(key, found["entries"][key], flush=True)
+            write(known.out, found)
 
 
 def write(path, found):
@@ -126,22 +137,32 @@ def prepare(folder):
 
 def figures(target, op, case, folder):
     """Return the figures of one case, or {refused: why the kernel does not take it}."""
-    module, public = OPS[op][:2]
-    structs = getattr(module, "structs", kernel_cases.structs)(case)
-    name = "pallas_gpu" if target == "triton" else "pallas_tpu"
-    given = getattr(module, "GIVEN", ())
-
-    def f(given, kept):
-        positional, keys = module.arguments(given | kept)
-        return public(*positional, **keys, **module.options(case), implementation=name)
-
-    program = jax.jit(f, donate_argnums=0)
-    split = {n: s for n, s in structs.items() if n in given}, {n: s for n, s in structs.items() if n not in given}
+    program, split = program_of(op, case, "pallas_gpu" if target == "triton" else "pallas_tpu")
     try:
         traced = program.trace(*split)
     except ValueError as refused:
         return {"refused": " ".join(str(refused).split())}
     return of_triton(traced) if target == "triton" else of_tpu(program, split, target, folder) | {"steps": steps(traced.jaxpr.jaxpr)}
+
+
+def program_of(op, case, implementation):
+    """Return (an op under an implementation, jitted; the shapes it takes: {name: struct} of what is given away, and of the rest)."""
+    module, public = OPS[op][:2]
+    structs = getattr(module, "structs", kernel_cases.structs)(case)
+    given = getattr(module, "GIVEN", ())
+
+    def f(given, kept):
+        positional, keys = module.arguments(given | kept)
+        return public(*positional, **keys, **module.options(case), implementation=implementation)
+
+    split = {n: s for n, s in structs.items() if n in given}, {n: s for n, s in structs.items() if n not in given}
+    return jax.jit(f, donate_argnums=0), split
+
+
+def on_device(split, device):
+    """Return shapes as arrays on one device have them."""
+    on = jax.sharding.SingleDeviceSharding(device)
+    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=on), split)
 
 
 def of_triton(traced):
@@ -158,13 +179,11 @@ def of_triton(traced):
 def of_tpu(program, split, target, folder):
     """Compile for a chip that is not here, and return what libtpu tells."""
     from jax.experimental import topologies
-    from jax.sharding import SingleDeviceSharding
 
     for old in Path(folder).iterdir():
         old.unlink()
-    on = SingleDeviceSharding(topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGY[target]).devices[0])
-    laid = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=on), split)
-    compiled = program.lower(*laid).compile()
+    device = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGY[target]).devices[0]
+    compiled = program.lower(*on_device(split, device)).compile()
     memory = compiled.memory_analysis()
     return bundles(Path(folder)) | {"temp_bytes": memory.temp_size_in_bytes, "code_bytes": memory.generated_code_size_in_bytes}
 

@@ -1,9 +1,9 @@
-"""Write the table of kernels/README.md from the cases, static.json and benchmarks/*.json: python -m tokeff.kernels.table"""
+"""Write the table of kernels/README.md from static.json, ptxas.json and benchmarks/*.json: python -m tokeff.kernels.table"""
 
 import json
 from pathlib import Path
 
-from tokeff.kernels import static
+from tokeff.kernels import ptxas, static
 from tokeff.kernels.bench import OPS
 from tokeff.kernels.check import KERNEL
 
@@ -11,7 +11,8 @@ HERE = Path(__file__).resolve().parent
 README, BENCHMARKS = HERE / "README.md", HERE.parent / "benchmarks"
 BEGIN, END = "<!-- table: python -m tokeff.kernels.table -->", "<!-- end of table -->"
 NOTHING = "not measured"
-COMPILED = {"pallas_tpu": ("v5e", "v5p", "v6e"), "pallas_gpu": ("triton",)}  # targets of static.json
+COMPILED = {"pallas_tpu": ("v5e", "v5p", "v6e"), "pallas_gpu": ("triton", "h200")}  # targets of static.json and of ptxas.json
+SIZE = {"triton": "operations", "h200": "registers"}  # of a kernel there; bundles on TPUs
 # Forms that were chosen by timing them; all other sizes follow from floors and from what compilers accept.
 TUNED = {(op, "xla"): "CPU" for op in ("column_mass", "decode_attention", "flash_prefill", "tree_attention")}
 HEAD = ("op", "implementation", "proved by", "through compilers", "on devices", "tuned for", "of its floor")
@@ -19,7 +20,7 @@ HEAD = ("op", "implementation", "proved by", "through compilers", "on devices", 
 
 def text():
     """Return the table as it stands between its marks."""
-    entries, files = static.read()["entries"], devices()
+    entries, files = static.read()["entries"] | ptxas.read()["entries"], devices()
     rows = [HEAD, ("---",) * len(HEAD)]
     for op in sorted(OPS):
         for name in ("xla", *COMPILED):
@@ -36,13 +37,13 @@ def devices():
 
 
 def compiled(op, name, entries):
-    """Return what the compilers said: cases taken of all, bundles and spills, or the size of Triton programs."""
+    """Return what the compilers said: cases taken of all, bundles or registers and spills, or the size of Triton programs."""
     said = []
     for target in COMPILED.get(name, ()):
         found = [figures for key, figures in entries.items() if key.startswith(f"{target}/{op}/")]
         if not (taken := [figures for figures in found if "refused" not in figures]):
             continue
-        what = "operations" if target == "triton" else "bundles"
+        what = SIZE.get(target, "bundles")
         sizes = span([figures[what] for figures in taken], "{:,}") + f" {what}"
         spills = "" if target == "triton" else f", {span([figures['spills'] for figures in taken], '{:,}')} spills"
         said.append(f"{target} {len(taken)}/{len(found)}: {sizes}{spills}")

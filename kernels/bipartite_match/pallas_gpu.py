@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from tokeff.compat import pl, triton, triton_params
 from tokeff.kernels.bipartite_match.pallas_tpu import search
 from tokeff.kernels.bipartite_match.xla import unit
-from tokeff.kernels.decode_attention.pallas_gpu import dot
+from tokeff.kernels.gpu import dot
 
 ROWS = 32  # of a block, even and odd
 SLICE = 32  # of H

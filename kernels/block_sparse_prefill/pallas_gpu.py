@@ -2,7 +2,8 @@
 
 Grid (B, K, Q * tiles). A program holds some of the R = size * G query rows of a block of queries and kv head in registers and walks
 over a list of slots: the single rows first, then the rows of the chosen blocks. It ends with the last block there is. Loads of K and V
-are masked by what some row sees, so what was not chosen, is empty or stands twice is not read.
+are masked by what some row sees, so what was not chosen, is empty or stands twice is not read. Where rows are promised to be finite no
+load waits for that.
 
 HBM bytes for each (B, K) and block of queries: 2 * (rows read) * H * itemsize, plus 8 a row for slots and orders, plus R * 2 * H * itemsize
 for queries and output. Tiles of one block of queries read the same rows, mostly from L2.
@@ -13,11 +14,10 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from tokeff.compat import pl, triton, triton_params
+from tokeff.compat import pl, triton
 from tokeff.kernels.attend import sees
 from tokeff.kernels.block_sparse_prefill.layout import chosen, query_blocks, query_tokens, rows_beside
-from tokeff.kernels.decode_attention.pallas_gpu import BLOCK, load_slots
-from tokeff.kernels.flash_prefill.pallas_gpu import add, finish, start, tile_rows, unfit
+from tokeff.kernels.gpu import BLOCK, add, finish, load_slots, params, row_tiles, start, unfit
 
 
 def refusal(q_BTNH, k_BKCH, v_BKCH, order_BKC, lo_BT, hi_BT, block_BKQM, row_BKM=None, *, size, scale, softcap, first, finite):
@@ -31,7 +31,7 @@ def run(
 ):  # fmt: skip
     """Same contract as the public op, for calls that `refusal` accepts. interpret: as of `pl.pallas_call`."""
     (B, T, N, H), K, Q = q_BTNH.shape, k_BKCH.shape[1], block_BKQM.shape[2]
-    rows = tile_rows(size * N // K, H, q_BTNH.dtype)
+    rows = row_tiles(size * N // K, H, q_BTNH.dtype).rows
     q_BKQRH, bounds = query_blocks(q_BTNH, lo_BT, hi_BT, K, Q, size, rows)
     count_BKQ, slots, orders = _slots(block_BKQM, row_BKM, order_BKC, size)
     tiles = q_BKQRH.shape[3] // rows
@@ -42,14 +42,14 @@ def run(
     bound_spec = pl.BlockSpec((None, None, rows), lambda b, k, i: (b, i // tiles, i % tiles))
     whole = pl.BlockSpec(memory_space=pl.ANY)
     out_BKQRH, lse_BKQR = pl.pallas_call(
-        partial(_kernel, tiles=tiles, block=BLOCK[q_BTNH.dtype.name], scale=scale, softcap=softcap),
+        partial(_kernel, tiles=tiles, block=BLOCK[q_BTNH.dtype.name], scale=scale, softcap=softcap, finite=finite),
         grid=(B, K, Q * tiles),
         in_specs=[bound_spec, bound_spec, row_spec(H), *[whole] * 5],
         out_specs=[row_spec(H), row_spec()],
         out_shape=[
             jax.ShapeDtypeStruct(q_BKQRH.shape, v_BKCH.dtype), jax.ShapeDtypeStruct(q_BKQRH.shape[:4], jnp.float32),
         ],
-        compiler_params=triton_params(num_warps=4, num_stages=2),
+        compiler_params=params(rows, H, q_BTNH.dtype),
         interpret=interpret,
         name="block_sparse_prefill",
     )(*bounds, q_BKQRH, count_BKQ, slots, orders, k_BKCH, v_BKCH)  # fmt: skip
@@ -68,7 +68,7 @@ def _slots(block_BKQM, row_BKM, order_BKC, size):
 
 
 def _kernel(
-    lo_ref, hi_ref, q_ref, count_ref, slot_ref, order_ref, k_ref, v_ref, out_ref, lse_ref, *, tiles, block, scale, softcap
+    lo_ref, hi_ref, q_ref, count_ref, slot_ref, order_ref, k_ref, v_ref, out_ref, lse_ref, *, tiles, block, scale, softcap, finite
 ):  # fmt: skip
     """Attend some rows of one block of queries to its slots."""
     b, kh, i = (pl.program_id(axis) for axis in range(3))
@@ -81,7 +81,7 @@ def _kernel(
         slot_X = triton.load(slot_ref.at[b, kh, qb, x_X], mask=x_X < count, other=0)
         order_X = triton.load(order_ref.at[b, kh, qb, x_X], mask=x_X < count, other=-1)
         see_RX = sees(order_X[None], lo_R1, hi_R1)
-        seen_X = see_RX.astype(jnp.int32).max(0) > 0
+        seen_X = x_X < count if finite else see_RX.astype(jnp.int32).max(0) > 0
         k_XH, v_XH = (load_slots(ref, b, kh, slot_X, seen_X) for ref in (k_ref, v_ref))
         return add(carry, q_RH, k_XH, v_XH, see_RX, scale, softcap)
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from tokeff.compat import pl, triton_params
-from tokeff.kernels.decode_attention.pallas_gpu import dot, load_slots
+from tokeff.kernels.gpu import dot, load_slots
 from tokeff.kernels.rows import NOTHING, head_rows, round_up, token_rows
 
 COLUMNS = 64

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from tokeff.compat import pl, triton, triton_params
-from tokeff.kernels.decode_attention.pallas_gpu import dot, padded_rows
+from tokeff.kernels.gpu import dot, padded_rows
 from tokeff.kernels.lowrank_scores.xla import hide
 
 ROWS = {"bfloat16": 64, "float32": 16}  # of a block: two halves of their keys, and sine and cosine, are in registers

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from tokeff.compat import pl, triton_params
-from tokeff.kernels.decode_attention.pallas_gpu import MAX_TILE, dot, load_slots, padded_rows
+from tokeff.kernels.gpu import MAX_TILE, dot, load_slots, padded_rows
 from tokeff.kernels.page_scores.xla import best
 from tokeff.kernels.rows import head_rows
 

@@ -23,6 +23,7 @@ PUBLIC = {op: (public, cases) for op, (cases, public, *_) in BENCHED.items()}
 SMALL = {
     "quant_decode": (
         quant_cases.Case("int4", B=2, T=3, N=6, K=2, C=40, H=32, page_size=8, group=16),
+        quant_cases.Case("int4_tiles", T=20, N=4, K=1, C=24, H=32, page_size=8, group=16),  # 80 rows: two tiles on a GPU
         quant_cases.Case("int8_softcap", N=4, K=2, C=21, H=16, page_size=7, bits=8, group=8, softcap=2.0),
         quant_cases.Case("int2_two_blocks", N=2, K=1, C=516, H=64, page_size=4, bits=2, group=64),
     ),

@@ -21,8 +21,9 @@ from kernel_proofs import (
 
 from tokeff.compat import interpret_tpu, races_found
 from tokeff.kernels import cases as kernel_cases
+from tokeff.kernels import gpu
 from tokeff.kernels.cases import Case
-from tokeff.kernels.flash_prefill import OP, backward, cases, flash_prefill, pallas_gpu, pallas_tpu, xla
+from tokeff.kernels.flash_prefill import OP, backward, cases, flash_prefill, pallas_tpu, xla
 
 RAGGED = Case("ragged", B=2, T=23, N=6, K=2, C=37, H=16)
 SINKS = Case("window_sinks_softcap", B=2, T=40, N=4, K=2, C=70, H=16, window=9, sinks=3, softcap=2.0, ascending=True)
@@ -52,7 +53,7 @@ def small_blocks(monkeypatch):
     """Many blocks in a small call."""
     monkeypatch.setattr(pallas_tpu, "ROWS", 32)
     monkeypatch.setattr(pallas_tpu, "SLOTS", 128)
-    monkeypatch.setattr(pallas_gpu, "MAX_ROWS", 32)
+    monkeypatch.setattr(gpu, "MAX_ROWS", 32)
 
 
 @pytest.mark.core

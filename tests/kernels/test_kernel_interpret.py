@@ -25,6 +25,7 @@ pytestmark = pytest.mark.interp
 BOTH = ("float32", "bfloat16")
 TPU_PAGED = (PAGED[3], WIDE_PAGED)
 PROMPT = Case("prompt", T=70, N=2, K=1, C=300, H=16, ascending=True)
+TILES = Case("tiles", B=2, T=70, N=4, K=2, C=130, H=16)  # more query rows than one program holds on a GPU
 LONG = Case("long", N=2, K=1, C=1100, H=16)  # more than one block of slots, the last one cut
 
 
@@ -49,7 +50,7 @@ def test_decode_attention_tpu(case):
     check(attention_call, pallas_tpu, reference, case, True)
 
 
-@pytest.mark.parametrize("case", in_turn(LONG, *PAGED, *SMALL))
+@pytest.mark.parametrize("case", in_turn(LONG, *PAGED, *SMALL, TILES))
 def test_decode_attention_gpu(case):
     check(attention_call, pallas_gpu, reference, case, True)
 
