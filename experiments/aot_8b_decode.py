@@ -54,6 +54,7 @@ from tokeff.decode.sample import GREEDY, row_keys  # noqa: E402
 from tokeff.kv import methods as kv  # noqa: E402
 from tokeff.kv.cache import Room  # noqa: E402
 from tokeff.kv.policy import Policy, Prefilled  # noqa: E402
+from tokeff.kv.prefill import prefill  # noqa: E402
 from tokeff.models.config import Config, Precision  # noqa: E402
 from tokeff.models.layout import abstract  # noqa: E402
 from tokeff.models.presets import LLAMA3_8B  # noqa: E402
@@ -83,14 +84,12 @@ def chips(name: str = SLICE) -> list[Any]:
 
 
 def prefilled(cfg: Config, policy: Policy, B: int, S: int) -> tuple[Prefilled, ...]:
-    """Shapes of a dense prefill of B prompts of S tokens."""
-
-    def shape(*dims: int, dtype: Any = "int32"):
-        return jax.ShapeDtypeStruct(dims, dtype)
-
-    k, mass = shape(B, cfg.K, S, cfg.H, dtype=BFLOAT16.cache), shape(B, cfg.K, S, dtype="float32")
-    layer = Prefilled(k, k, shape(B, 1, S), shape(B), shape(), dict.fromkeys(policy.needs(), mass))
-    return (layer,) * cfg.L
+    """Shapes of a dense prefill of B prompts of S tokens, with what the policy asks of it."""
+    tokens, length = jax.ShapeDtypeStruct((B, S), "int32"), jax.ShapeDtypeStruct((B,), "int32")
+    return jax.eval_shape(
+        lambda params, *text: prefill(params, cfg, *text, evidence=policy.needs(), dtype=BFLOAT16.cache).layers,
+        abstract(cfg, BFLOAT16), tokens, length,
+    )  # fmt: skip
 
 
 def state(cfg: Config, policy: Policy, drafter: Drafter, B: int, S: int, new: int) -> Decoding:

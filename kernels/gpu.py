@@ -16,8 +16,9 @@ from tokeff.compat import pl, triton, triton_params
 BLOCK = {"bfloat16": 64, "float32": 32}
 MAX_ROWS = 128
 MAX_TILE = {"bfloat16": 128 * 128, "float32": 32 * 64}
-WIDE = 64 * 192  # rows by what a row has in registers, its output and a block of scores: more are shared by 8 warps, less by 4
-PROGRAMS = 256  # aim: about two for each multiprocessor of a large GPU
+WIDE = 10 * 1024  # rows by what a row has in registers, its output and a block of scores: that much is shared by 8 warps, less by 4
+LEAST = 8  # slots of a split for each row of its tile, whose partial output is written and read again
+PROGRAMS = 512  # aim: about four for each multiprocessor of a large GPU, of which three fit at once where G is small
 LOW = -1e30  # running maximum before anything was seen: finite, so that it can be subtracted
 
 
@@ -60,7 +61,7 @@ def row_tiles(rows, H, dtype, most=None):
 
 def params(rows, H, dtype):
     """Return the compiler parameters for a tile."""
-    return triton_params(num_warps=8 if rows * (H + BLOCK[jnp.dtype(dtype).name]) > WIDE else 4, num_stages=2)
+    return triton_params(num_warps=8 if rows * (H + BLOCK[jnp.dtype(dtype).name]) >= WIDE else 4, num_stages=2)
 
 
 class Splits(NamedTuple):
@@ -74,11 +75,23 @@ class Splits(NamedTuple):
         return step * self.count + split
 
 
-def slot_splits(slots, block, others):
-    """Return how so many slots are split, where so many other programs stand beside."""
+def slot_splits(slots, block, tiles, others):
+    """Return how so many slots are split for each of these tiles, where so many others stand beside."""
     blocks = -(-slots // block)
-    count = max(1, min(blocks, PROGRAMS // others))
+    count = max(1, min(blocks, slots // (LEAST * tiles.rows), PROGRAMS // (tiles.count * others)))
     return Splits(count, -(-blocks // count))
+
+
+def walk(steps, place, take_in, state):
+    """Take in so many blocks. `place(i)` loads where block i lies and what its orders are; that of the next block is on its way while one
+    is multiplied, so a step waits for keys and values alone."""
+
+    def step(i, carry):
+        here, state = carry
+        ahead = place(i + 1)
+        return ahead, take_in(here, state)
+
+    return jax.lax.fori_loop(0, steps, step, (place(0), state))[1]
 
 
 def load_slots(ref_BKCH, b, k, slot_X, seen_X):

@@ -16,14 +16,14 @@ from tokeff.listing import methods
 
 WIDTHS = (1, 2, 4, 8, 16, 32, 64, 81)
 IN_BATCHES = ("PromptLookup", "TokenRecycling", "Lookahead (Alipay)", "EarlyExit")
-FEW = Drafted("", prompts=2)  # for rows whose passes are slow
+FEW = Drafted("", prompts=2, classes=("copy-heavy", "code", "prose"))  # for rows whose passes are slow
 DRAFT = "checkpoints/smollm2-135m-draft"  # of experiments/distill_draft.py
 SIZES = (4, 8, 15, 31)  # of cuts of the published tree; all on the same prompts, as the published one of 80
 
 
 def experiment(suite: str = "full") -> Drafting:
-    """`full`: every listed drafter on 6 prompts a class, published trees on 2, and batches of 4 and 16 for four drafters. `smoke`: three
-    drafters on two prompts. On a quiet machine one turn of the decoders on each prompt is enough; `--rounds 3` takes three."""
+    """`full`: every listed drafter on 6 prompts a class, published trees on 2 of three classes, and batches of 4 and 16 for four drafters.
+    `smoke`: three drafters on two prompts. On a quiet machine one turn of the decoders on each prompt is enough; `--rounds 3` takes three."""
     if suite not in ("smoke", "full"):
         raise UserError(f"no suite {suite!r}; use --suite smoke or --suite full")
     if suite == "smoke":

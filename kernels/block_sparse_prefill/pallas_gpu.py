@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from tokeff.compat import pl, triton
 from tokeff.kernels.attend import sees
 from tokeff.kernels.block_sparse_prefill.layout import chosen, query_blocks, query_tokens, rows_beside
-from tokeff.kernels.gpu import BLOCK, add, finish, load_slots, params, row_tiles, start, unfit
+from tokeff.kernels.gpu import BLOCK, add, finish, load_slots, params, row_tiles, start, unfit, walk
 
 
 def refusal(q_BTNH, k_BKCH, v_BKCH, order_BKC, lo_BT, hi_BT, block_BKQM, row_BKM=None, *, size, scale, softcap, first, finite):
@@ -76,14 +76,17 @@ def _kernel(
     lo_R1, hi_R1, q_RH = lo_ref[...][:, None], hi_ref[...][:, None], q_ref[...]
     count = count_ref[b, kh, qb]
 
-    def step(j, carry):
+    def place(j):
         x_X = j * block + jnp.arange(block)
         slot_X = triton.load(slot_ref.at[b, kh, qb, x_X], mask=x_X < count, other=0)
         order_X = triton.load(order_ref.at[b, kh, qb, x_X], mask=x_X < count, other=-1)
-        see_RX = sees(order_X[None], lo_R1, hi_R1)
-        seen_X = x_X < count if finite else see_RX.astype(jnp.int32).max(0) > 0
-        k_XH, v_XH = (load_slots(ref, b, kh, slot_X, seen_X) for ref in (k_ref, v_ref))
-        return add(carry, q_RH, k_XH, v_XH, see_RX, scale, softcap)
+        return x_X < count, slot_X, order_X
 
-    steps = (count + block - 1) // block
-    finish(jax.lax.fori_loop(0, steps, step, start(q_RH.shape)), out_ref, lse_ref)
+    def take_in(here, state):
+        there_X, slot_X, order_X = here
+        see_RX = sees(order_X[None], lo_R1, hi_R1)
+        seen_X = there_X if finite else see_RX.astype(jnp.int32).max(0) > 0
+        k_XH, v_XH = (load_slots(ref, b, kh, slot_X, seen_X) for ref in (k_ref, v_ref))
+        return add(state, q_RH, k_XH, v_XH, see_RX, scale, softcap)
+
+    finish(walk((count + block - 1) // block, place, take_in, start(q_RH.shape)), out_ref, lse_ref)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from tokeff.compat import pl, triton
-from tokeff.kernels.gpu import BLOCK, add, finish, load_slots, merge_splits, params, row_tiles, slot_splits, start, unfit
+from tokeff.kernels.gpu import BLOCK, add, finish, load_slots, merge_splits, params, row_tiles, slot_splits, start, unfit, walk
 from tokeff.kernels.rows import NOTHING, head_rows, token_rows, tokens
 
 
@@ -36,7 +36,7 @@ def run(
     R, n = tiles.total, tiles.count
     bounds = token_rows(lo_BT, N // K, R, 0), token_rows(hi_BT, N // K, R, NOTHING)
     X = C if page_BKM is None else page_BKM.shape[2] * page_size
-    splits = slot_splits(X, block, B * K * n)
+    splits = slot_splits(X, block, tiles, B * K)
     pages = () if page_BKM is None else (page_BKM,)
 
     def split_spec(*width):
@@ -67,17 +67,20 @@ def _kernel(lo_ref, hi_ref, q_ref, order_ref, k_ref, v_ref, *refs, X, block, spl
     b, kh, split = pl.program_id(0), pl.program_id(1), pl.program_id(2) // tiles
     lo_R1, hi_R1, q_RH = lo_ref[...][:, None], hi_ref[...][:, None], q_ref[...]
 
-    def step(i, carry):
+    def place(i):
         x_X = splits.block(split, i) * block + jnp.arange(block)
         slot_X, here_X = x_X, x_X < X
         if page_ref:
             page_X = triton.load(page_ref[0].at[b, kh, x_X // page_size], mask=here_X, other=-1)
             slot_X = page_X * page_size + x_X % page_size
             here_X &= (page_X >= 0) & (slot_X < order_ref.shape[2])
-        order_X = triton.load(order_ref.at[b, kh, slot_X], mask=here_X, other=-1)
+        return slot_X, triton.load(order_ref.at[b, kh, slot_X], mask=here_X, other=-1)
+
+    def take_in(here, state):
+        slot_X, order_X = here
         see_RX = (order_X[None] >= lo_R1) & (order_X[None] <= hi_R1)
         seen_X = see_RX.astype(jnp.int32).max(0) > 0
         k_XH, v_XH = (load_slots(ref, b, kh, slot_X, seen_X) for ref in (k_ref, v_ref))
-        return add(carry, q_RH, k_XH, v_XH, see_RX, scale, softcap)
+        return add(state, q_RH, k_XH, v_XH, see_RX, scale, softcap)
 
-    finish(jax.lax.fori_loop(0, splits.steps, step, start(q_RH.shape)), out_ref, lse_ref)
+    finish(walk(splits.steps, place, take_in, start(q_RH.shape)), out_ref, lse_ref)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from tokeff.compat import pl, triton
 from tokeff.kernels.attend import sees
 from tokeff.kernels.blocks import listed, seen_blocks
-from tokeff.kernels.gpu import BLOCK, add, finish, load_slots, params, row_tiles, start, unfit
+from tokeff.kernels.gpu import BLOCK, add, finish, load_slots, params, row_tiles, start, unfit, walk
 from tokeff.kernels.rows import NOTHING, head_rows, token_rows, tokens
 
 
@@ -64,12 +64,16 @@ def _kernel(
     shared = kh if order_ref.shape[1] > 1 else 0
     lo_R1, hi_R1, q_RH = lo_ref[...][:, None], hi_ref[...][:, None], q_ref[...]
 
-    def step(j, carry):
-        slot_X = block_ref[b, shared, i, j] * slots + jnp.arange(slots)
-        order_X = triton.load(order_ref.at[b, shared, slot_X])
+    def place(j):
+        block = block_ref[b, shared, i, jnp.minimum(j, block_ref.shape[3] - 1)]
+        slot_X = block * slots + jnp.arange(slots)
+        return slot_X, triton.load(order_ref.at[b, shared, slot_X])
+
+    def take_in(here, state):
+        slot_X, order_X = here
         see_RX = sees(order_X[None], lo_R1, hi_R1, sinks)
         seen_X = slot_X < k_ref.shape[2] if finite else see_RX.astype(jnp.int32).max(0) > 0
         k_XH, v_XH = (load_slots(ref, b, kh, slot_X, seen_X) for ref in (k_ref, v_ref))
-        return add(carry, q_RH, k_XH, v_XH, see_RX, scale, softcap)
+        return add(state, q_RH, k_XH, v_XH, see_RX, scale, softcap)
 
-    finish(jax.lax.fori_loop(0, count_ref[b, shared, i], step, start(q_RH.shape)), out_ref, lse_ref)
+    finish(walk(count_ref[b, shared, i], place, take_in, start(q_RH.shape)), out_ref, lse_ref)

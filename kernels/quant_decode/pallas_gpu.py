@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from tokeff.compat import pl, triton
-from tokeff.kernels.gpu import LOW, dot, ended, head_sizes, merge_splits, params, row_tiles, slot_splits, weights
+from tokeff.kernels.gpu import LOW, dot, ended, head_sizes, merge_splits, params, row_tiles, slot_splits, walk, weights
 from tokeff.kernels.rows import NOTHING, head_rows, token_rows, tokens
 
 BLOCK = 32  # rows a step; scaled parts of K and of V are in registers beside the bytes
@@ -45,7 +45,7 @@ def run(
     tiles = row_tiles(T * N // K, H, q_BTNH.dtype, most=64)
     R, n = tiles.total, tiles.count
     bounds = token_rows(lo_BT, N // K, R, 0), token_rows(hi_BT, N // K, R, NOTHING)
-    splits = slot_splits(P * page_rows, BLOCK, B * K * n)
+    splits = slot_splits(P * page_rows, BLOCK, tiles, B * K)
 
     def split_spec(*width):
         return pl.BlockSpec((None, None, None, tiles.rows, *width), lambda b, k, s: (b, k, s // n, s % n) + (0,) * len(width))
@@ -76,11 +76,13 @@ def _kernel(lo_ref, hi_ref, q_ref, order_ref, *refs, X, splits, tiles, bits, sca
     (R, H), Z, page_rows = q_ref.shape, key[0].shape[4], order_ref.shape[3]
     q_parts = [q_ref[:, pl.ds(i * Z, Z)] for i in range(8 // bits)]
 
-    def step(i, carry):
-        top_R, sum_R, acc = carry
+    def place(i):
         x_X = splits.block(split, i) * BLOCK + jnp.arange(BLOCK)
         at = x_X // page_rows, x_X % page_rows
-        order_X = triton.load(order_ref.at[b, kh, *at], mask=x_X < X, other=-1)
+        return at, triton.load(order_ref.at[b, kh, *at], mask=x_X < X, other=-1)
+
+    def take_in(here, state):
+        (at, order_X), (top_R, sum_R, acc) = here, state
         see_RX = (order_X[None] >= lo_R1) & (order_X[None] <= hi_R1)
         seen_X = see_RX.astype(jnp.int32).max(0) > 0
         score_RX = sum(dot(q_RZ, k_XZ.T) for q_RZ, k_XZ in zip(q_parts, _parts(key, b, kh, at, seen_X, H, bits, q_ref.dtype))) * scale
@@ -91,7 +93,7 @@ def _kernel(lo_ref, hi_ref, q_ref, order_ref, *refs, X, splits, tiles, bits, sca
 
     zero = jnp.zeros((R, Z), jnp.float32)
     start = jnp.full((R,), LOW, jnp.float32), jnp.zeros((R,), jnp.float32), (zero,) * len(q_parts)
-    top_R, sum_R, acc = jax.lax.fori_loop(0, splits.steps, step, start)
+    top_R, sum_R, acc = walk(splits.steps, place, take_in, start)
     lse_ref[...], sum_R = ended(top_R, sum_R)
     for i, acc_RZ in enumerate(acc):
         out_ref[:, pl.ds(i * Z, Z)] = acc_RZ / sum_R[:, None]

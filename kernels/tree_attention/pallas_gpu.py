@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from tokeff.compat import pl, triton
 from tokeff.kernels.attend import sees
-from tokeff.kernels.gpu import BLOCK, add, finish, load_slots, merge_splits, params, row_tiles, slot_splits, start, unfit
+from tokeff.kernels.gpu import BLOCK, add, finish, load_slots, merge_splits, params, row_tiles, slot_splits, start, unfit, walk
 from tokeff.kernels.rows import NOTHING, head_rows, round_up, token_rows, tokens
 from tokeff.kernels.tree_attention.pallas_tpu import mask_rows, mixed
 
@@ -31,7 +31,7 @@ def run(
     (B, T, N, H), (K, C), block = q_BTNH.shape, order_BKC.shape[1:], BLOCK[q_BTNH.dtype.name]
     tiles = row_tiles(T * N // K, H, q_BTNH.dtype)
     R, n = tiles.total, tiles.count
-    W, splits = round_up(among_BTW.shape[2], block), slot_splits(C, block, B * K * n)
+    W, splits = round_up(among_BTW.shape[2], block), slot_splits(C, block, tiles, B * K)
     bounds = token_rows(lo_BT, N // K, R, 0), token_rows(hi_BT, N // K, R, NOTHING)
 
     def split_spec(*width):
@@ -67,17 +67,20 @@ def _kernel(
         k_XH, v_XH = (load_slots(ref, b, kh, slot_X, seen_X) for ref in (k_ref, v_ref))
         return add(carry, q_RH, k_XH, v_XH, see_RX, scale, softcap)
 
-    def stored(i, carry):
+    def place(i):
         slot_X = splits.block(split, i) * block + jnp.arange(block)
-        order_X = triton.load(order_ref.at[b, kh, slot_X], mask=slot_X < order_ref.shape[2], other=-1)
-        return take_in(carry, slot_X, sees(order_X[None], lo_R1, hi_R1), k_ref, v_ref)
+        return slot_X, triton.load(order_ref.at[b, kh, slot_X], mask=slot_X < order_ref.shape[2], other=-1)
+
+    def stored(here, state):
+        return take_in(state, here[0], sees(here[1][None], lo_R1, hi_R1), k_ref, v_ref)
 
     def draft(i, carry):
         see_RX = among_ref[:, pl.ds(i * block, block)] > 0
         return take_in(carry, i * block + jnp.arange(block), see_RX, kd_ref, vd_ref)
 
-    def walk(steps, step):
-        return lambda: jax.lax.fori_loop(0, steps, step, start(q_RH.shape))
-
-    carry = jax.lax.cond(split < splits.count, walk(splits.steps, stored), walk(among_ref.shape[1] // block, draft))
-    finish(carry, out_ref, lse_ref)
+    state = jax.lax.cond(
+        split < splits.count,
+        lambda: walk(splits.steps, place, stored, start(q_RH.shape)),
+        lambda: jax.lax.fori_loop(0, among_ref.shape[1] // block, draft, start(q_RH.shape)),
+    )
+    finish(state, out_ref, lse_ref)
