@@ -23,7 +23,8 @@ SIZES = (4, 8, 15, 31)  # of cuts of the published tree; all on the same prompts
 
 def experiment(suite: str = "full") -> Drafting:
     """`full`: every listed drafter on 6 prompts a class, published trees on 2 of three classes, and batches of 4 and 16 for four drafters.
-    `smoke`: three drafters on two prompts. On a quiet machine one turn of the decoders on each prompt is enough; `--rounds 3` takes three."""
+    `smoke`: three drafters on two prompts. On a quiet machine one turn of the decoders on each prompt is enough; `--rounds 3` takes three.
+    """
     if suite not in ("smoke", "full"):
         raise UserError(f"no suite {suite!r}; use --suite smoke or --suite full")
     if suite == "smoke":

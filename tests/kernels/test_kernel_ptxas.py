@@ -1,5 +1,6 @@
 """What NVIDIA's assembler says of the Triton kernels: nothing is spilled, and nothing has grown."""
 
+import json
 import os
 import subprocess
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 from tokeff.errors import UserError
 from tokeff.kernels import ptxas, static
 from tokeff.kernels.bench import OPS
+from tokeff.listing import methods
 
 ROOT = Path(__file__).parents[2]
 ENTRIES = ptxas.read()["entries"]
@@ -51,6 +53,15 @@ def test_every_real_case_compiles_without_spills():
     for key, figures in ENTRIES.items():
         assert figures["spills"] == 0 and 0 < figures["registers"] <= 255, key
         assert figures["registers"] * 32 * figures["warps"] <= 65536, key  # one block at least fits an SM
+
+
+@pytest.mark.core
+def test_every_cache_policy_was_compiled_for_an_h200_and_copies_no_cache():
+    rows = json.loads((ROOT / "experiments" / "results" / "aot_gpu_decode.json").read_text())["rows"]
+    assert {m.name for m in methods() if m.part == "kv"} < set(rows), "run: python experiments/aot_gpu_decode.py"
+    assert not any(row["cache_copies"] for row in rows.values())
+    reads = {"Full": "decode_attention", "Quest": "page_scores", "KIVI": "quant_decode", "ShadowKV": "lowrank_scores"}
+    assert all(rows[name]["kernels"].get(kernel) for name, kernel in (reads | {"Full, 15 drafts": "tree_attention"}).items())
 
 
 @pytest.mark.core
