@@ -46,7 +46,7 @@ check: $(BIN)/tokeff  ## style and types
 proofs: $(BIN)/tokeff peers  ## the long proofs; results go to experiments/results
 	$(BIN)/tokeff fetch smollm2-135m
 	JAX_PLATFORMS=cpu TOKEFF_PEERS_PYTHON=$(abspath $(PEERS))/bin/python $(BIN)/python -m pytest -n 2 --dist loadgroup -m proof
-	$(BIN)/python experiments/lossless.py
+	$(BIN)/python experiments/lossless.py --draft checkpoints/smollm2-135m-draft
 	$(BIN)/python experiments/aot_8b_decode.py
 
 # $(PYTHON) must have jax for the device, and nothing else. Run again after an interruption: what is done is not done again.
