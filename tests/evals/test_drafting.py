@@ -1,6 +1,7 @@
 """What drafting gains: measured on a small model, and the arithmetic behind it on made-up timings."""
 
 import importlib.util
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ from tokeff.decode.draft_model import DraftModel
 from tokeff.decode.methods import prompt_lookup, token_recycling
 from tokeff.errors import UserError
 from tokeff.evals import continuations, drafting, machines, speedup
+from tokeff.evals.continuations import CLASSES
 from tokeff.evals.drafting import Drafted, Drafting, drafted, entries
 from tokeff.evals.machines import H200, V5E, Work
 from tokeff.evals.speedup import DENSE, MINE, PLAIN, WRONG, Group, exactness, speeds
@@ -222,3 +224,18 @@ def test_the_committed_config_loads(suite):
     if suite == "full":
         listed = {row.listed for row in made.rows}
         assert {"PromptLookup", "TokenRecycling"} <= listed and {"TokenRecycling 80", "TokenRecycling 4"} <= {r.method for r in made.rows}
+
+
+def test_the_committed_leaderboard_is_exact_and_reaches_what_was_aimed_at():
+    """Every drafter on every class, published trees too; MAT and speed on copies, MAT on code and prose, and what a pace costs at worst."""
+    folder = CONFIG.parents[2] / "experiments" / "results" / "decoding"
+    rows = {row["key"]: row for row in map(json.loads, (folder / "results.jsonl").read_text().splitlines())}
+    made = experiment.load(str(CONFIG), "full").experiment.settled()
+    assert set(made.keys()) <= set(rows), "run: tokeff run configs/leaderboard/decoding.py --suite full"
+    assert all(row["exact"] for row in rows.values() if row.get("lossless"))
+    free = {m.name for m in methods() if m.part == "decode" and m.lossless and m.bare}  # without a draft model
+    best = {name: max(row["mat"] for row in rows.values() if row.get("class") == name and row["method"] in free) for name in CLASSES}
+    assert best["copy-heavy"] >= 4 and best["code"] >= 2.0 and best["prose"] >= 1.5
+    assert rows["PromptLookup/copy-heavy/1"]["of_dense"] >= 1.5
+    assert min(rows[f"SmartSpec/{name}/1"]["of_dense"] for name in CLASSES) >= 0.95
+    assert {rows[f"{name}/chat/{n}"]["batch"] for name in ("PromptLookup", "EarlyExit") for n in (1, 4, 16)} == {1, 4, 16}

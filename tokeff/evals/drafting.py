@@ -216,7 +216,7 @@ class Drafting(Experiment):
         stamp = {name: curve[name] for name in ("commit", "dirty", "measured_at") if curve and name in curve}
         stamp |= {"family": "baseline", "batch": 1}
         widths = [{"method": f"T({n})", "nodes": n, "tn": tn, **stamp} for n, tn in (curve or {}).get("curve", ())]
-        order = {name: i for i, name in enumerate((*self.classes, *(row.get("class") for row in rows)))}
+        order = {name: i for i, name in enumerate(dict.fromkeys((*self.classes, *(row.get("class") for row in rows))))}
         mine = [row for row in rows if "curve" not in row]
         return widths + sorted(mine, key=lambda row: (row["batch"], order[row["class"]]))
 
