@@ -5,7 +5,7 @@ Hardware:  2 CPU cores, float32
 Time:      with an empty compile cache, model on disk: 5 min 13 s on an Intel Xeon that decodes 31 tok/s (nine rows more were timed then),
            8 min 44 s on an AMD EPYC that decodes 15 tok/s
 Expected:  Full answers 3 of 3 needles; KL to the full cache: Random 0.73, SnapKV 0.06, ShadowKV 0.05, TidalDecode 0.10, GemFilter 0.11;
-           both drafters commit 1.8 tokens a pass and change nothing
+           both drafters change nothing; prompt lookup commits 1.8 tokens a pass
 """
 
 from tokeff.evals.comparison import Comparison, line
