@@ -22,7 +22,8 @@ $(PEERS)/.done: setup.py
 
 $(CUDA)/.done: setup.py
 	$(PYTHON) -m venv $(CUDA)
-	$(CUDA)/bin/python -m pip install --quiet jax==0.10.2 jax-cuda13-plugin==0.10.2 nvidia-cuda-nvcc==13.0.88 nvidia-nvvm==13.0.88
+	$(CUDA)/bin/python -m pip install --quiet jax==0.10.2 jax-cuda13-plugin==0.10.2 \
+		flatbuffers absl-py nvidia-cuda-nvcc==13.0.88 nvidia-nvvm==13.0.88
 	touch $(CUDA)/.done
 
 quickstart: $(BIN)/tokeff  ## environment, model, the first experiment and its report
