@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import re
 import sys
 import time
 from pathlib import Path
@@ -30,7 +29,6 @@ from typing import Any
 import aot_8b_decode as aot  # quiets compilers before jax is loaded
 import jax
 import numpy as np
-from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from tokeff.decode.draft import Drafter, Plain
@@ -57,14 +55,6 @@ def cases() -> dict[str, tuple[Policy, Drafter]]:
     return found | {TREE: (Full(), TokenRecycling(TREE_16))}
 
 
-def gpu() -> Mesh:
-    """One H200 that exists only for the compiler."""
-    if static.versions(ptxas.PACKAGES)["jax-cuda13-plugin"] is None:
-        raise UserError("jax's CUDA plugin is not installed here; run `make cuda`, and this in its environment")
-    topology = topologies.get_topology_desc(platform="cuda", topology_name="", topology="1x1x1", target_config=ptxas.H200)
-    return Mesh(np.array(topology.devices[:1]).reshape(1, 1), ("data", "model"))
-
-
 def compiled(policy: Policy, drafter: Drafter, mesh: Mesh, layers: int) -> dict[str, Any]:
     """What one step became: calls of our kernels, copies of a cache, MB that live beside weights and state."""
     cfg = dataclasses.replace(aot.LLAMA3_8B, L=layers, windows=(None,) * layers)
@@ -73,7 +63,7 @@ def compiled(policy: Policy, drafter: Drafter, mesh: Mesh, layers: int) -> dict[
     start = time.perf_counter()
     program, _, s = aot.compile_step(cfg, policy, mesh, drafter, B=BATCH, S=CONTEXT, new=NEW)
     hlo = program.as_text()
-    calls = re.findall(r'name = "(\w+)"', hlo)
+    calls = ptxas.called(hlo)
     return {
         "kernels": {name: calls.count(name) for name in sorted(set(calls))}, "cache_copies": aot.cache_copies(hlo, s),
         "temp_mb": round(program.memory_analysis().temp_size_in_bytes / 1e6, 1), "seconds": round(time.perf_counter() - start, 1),
@@ -89,7 +79,7 @@ def main() -> int:
     if known.only and (unknown := [name for name in known.only if name not in every]):
         raise UserError(f"no policy {unknown[0]!r}; {nearest(unknown[0], every)}")
     jax.config.update("jax_enable_compilation_cache", False)
-    mesh = gpu()
+    mesh = Mesh(np.array([[ptxas.device()]]), ("data", "model"))
     for name in known.only or every:
         rows[name] = compiled(*every[name], mesh, known.layers)
         print(name, json.dumps(rows[name]), flush=True)

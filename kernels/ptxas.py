@@ -65,11 +65,29 @@ def read(path=FILE):
 def fill(known):
     """Make what is missing, one entry after the other, and write the file after each."""
     assembler()
-    if static.versions(PACKAGES)["jax-cuda13-plugin"] is None:
-        raise UserError("jax's CUDA plugin is not installed here; run `make cuda`, and this in its environment")
+    plugin()
     with tempfile.TemporaryDirectory() as folder:
         prepare(folder)
         static.make(known, PACKAGES, lambda _, op, case: figures(op, case, folder))
+
+
+def plugin():
+    """Raise UserError where jax cannot compile for CUDA."""
+    if static.versions(PACKAGES)["jax-cuda13-plugin"] is None:
+        raise UserError("jax's CUDA plugin is not installed here; run `make cuda`, and this in its environment")
+
+
+def device():
+    """Return an H200 that exists only for the compiler."""
+    from jax.experimental import topologies
+
+    plugin()
+    return topologies.get_topology_desc(platform="cuda", topology_name="", topology="1x1x1", target_config=H200).devices[0]
+
+
+def called(text):
+    """Return the names of our kernels in a compiled program, once a call; XLA's own have none."""
+    return re.findall(r'name = "(\w+)"', text)
 
 
 def assembler():
@@ -92,20 +110,16 @@ def prepare(folder):
 
 def figures(op, case, folder):
     """Return the figures of one case, or {refused: why the kernel does not take it}."""
-    from jax.experimental import topologies
-
-    topology = topologies.get_topology_desc(platform="cuda", topology_name="", topology="1x1x1", target_config=H200)
     program, split = static.program_of(op, case, "pallas_gpu")
     for old in Path(folder).iterdir():
         old.unlink()
     try:
-        lowered = program.lower(*static.on_device(split, topology.devices[0]))
+        lowered = program.lower(*static.on_device(split, device()))
     except ValueError as refused:
         return {"refused": " ".join(str(refused).split())}
     warps = [sizes["num_warps"] for sizes, _ in triton_calls(lowered)]
     compiled = lowered.compile()
-    text = compiled.as_text()
-    names = set(re.findall(r'name = "(\w+)"', text))  # of our kernels; XLA's have none
+    names = set(called(compiled.as_text()))
     found = [one for path in sorted(Path(folder).glob("*.ptx")) if path.stat().st_size for one in assembled(path)]
     mine = [one for name, *one in found if name in names]
     registers, spills = (max(column) for column in zip(*mine, strict=True))
